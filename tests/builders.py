@@ -1,6 +1,6 @@
 """Small real objects for tests: batches, contexts, models, configs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def make_engine_of(
     vocab_size: int = 32,
     folder: Path | None = None,
     freeze: Sequence[str] = (),
+    lr_scale: Mapping[str, float] | None = None,
     **optim: Any,
 ) -> StepEngine:
     """Return the engine of one process or of a rank of a mesh; in bfloat16 the parameters are float32."""
@@ -164,7 +165,7 @@ def make_engine_of(
         )
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
     freeze_parameters(model, frozen_names(model, freeze))
-    numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip)
+    numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip, lr_scale=lr_scale or {})
     engine = section.build(model, AdamWConfig(**optim), numerics, mesh, folder=folder)
     assert isinstance(engine, StepEngine)
     return engine

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from tests.registries import DISPATCHERS, ROUTERS
 from tests.repeated_texts import repeated_texts
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
+from trainer.models.freeze import freeze_parameters, frozen_names, rate_factors
+from trainer.models.gpt import GPT
 from trainer.prove.cases import Case, apply_case, labels, reference
 from trainer.prove.compare import Comparison, compare
 from trainer.prove.pool import LocalRanks
@@ -50,7 +54,9 @@ class Trial:
         assert moe is not None
         router = moe.router.model_dump(exclude_defaults=True, exclude={"kind"})
         room = "" if moe.capacity.factor is None else f", room {moe.capacity.factor} by {moe.capacity.policy}"
-        return f"{moe.router.kind} {router} of {moe.num_experts}{room}; {self.text}; {self.case.name}"
+        train = self.config.train
+        learning = "".join(f" {key} {value}" for key in ("freeze", "lr_scale") if (value := getattr(train, key)))
+        return f"{moe.router.kind} {router}{learning} of {moe.num_experts}{room}; {self.text}; {self.case.name}"
 
 
 def draw(number: int, folder: Path) -> Trial:
@@ -85,6 +91,7 @@ def draw(number: int, folder: Path) -> Trial:
         }
         try:
             config = ExperimentConfig.model_validate(values)
+            config = _with_rates(random.Random(f"rates {number}"), config)
             case = _layout(drawn, config)
             apply_case(config, case)
         except ValidationError:
@@ -99,6 +106,24 @@ def _packing(drawn: random.Random, text: str) -> str:
     if text == "chats":
         return "bfd"
     return drawn.choice(["wrapped", "bfd"]) if text in _OF_RECORDS else "wrapped"
+
+
+_FROZEN = [["router"], ["experts"], ["embedding", "head"], ["norms", "attention"], ["*", "!router"], ["blocks.0"]]
+_FACTORS = [{"router": 0.005}, {"experts": 3.0, "blocks.0.*": 0.1}, {"attention": 0.5, "*_norm": 2.0}, {"*": 0.3}]
+
+
+def _with_rates(drawn: random.Random, config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config with frozen weights and factors of the learning rate, where these fit its model."""
+    freeze, lr_scale = drawn.choice([[], [], *_FROZEN]), drawn.choice([{}, {}, *_FACTORS])
+    with torch.device("meta"):
+        model = GPT(config.model, 256)
+    try:
+        freeze_parameters(model, frozen_names(model, freeze))
+        rate_factors(model, lr_scale)
+    except ConfigError:  # a router without weights, or factors of frozen weights only
+        return config
+    train = config.train.model_copy(update={"freeze": freeze, "lr_scale": lr_scale})
+    return config.model_copy(update={"train": train})
 
 
 def _model(drawn: random.Random, kind: str) -> dict[str, Any]:

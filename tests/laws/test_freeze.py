@@ -1,9 +1,8 @@
 """Law: frozen weights stay bit-equal and cost nothing, and the others learn as in a plain torch loop, in any layout."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.builders import make_batch, make_engine_of, make_model, rows_of, tiny_model_config
 from tests.checkpoint_helpers import load, resume, save
@@ -18,22 +18,63 @@ from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint.compatible import check_fits
 from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
+from trainer.engine.native import NativeEngine
 from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import StepEngine
 from trainer.models.config import ModelConfig
-from trainer.models.parameter_patterns import selected
+from trainer.models.freeze import frozen_names
 from trainer.models.parameter_roles import is_decayed
 from trainer.parallel.config import ParallelConfig
 from trainer.prove.gather import gather_state
 
 STEPS, ROWS, SEQ_LEN, CLIP, RATE, DECAY = 3, 4, 8, 0.5, 1e-2, 0.1
-LISTS = {
-    "router and embedding": ["router", "embedding"],
-    "experts and a layer": ["experts", "blocks.0.attention"],
-    "all but experts": ["*", "!experts"],
-    "all but the head": ["*", "!head"],
-    "norms, half of the experts' weights": ["norms", "*.w_in", "shared"],
-}
+
+
+class Rule(NamedTuple):
+    """What learns and how fast: our sections, and the same as functions of a name."""
+
+    freeze: list[str]
+    lr_scale: dict[str, float]
+    is_frozen: Callable[[str], bool]
+    factor: Callable[[str], float]
+
+
+RULES = [
+    Rule(
+        ["router", "embedding"],
+        {"experts": 0.5, "blocks.0": 0.1},
+        lambda name: ".router." in name or name == "embedding.weight",
+        lambda name: (0.5 if ".experts." in name else 1.0) * (0.1 if name.startswith("blocks.0.") else 1.0),
+    ),
+    Rule(
+        ["experts", "blocks.0.attention"],
+        {"router": 0.005},
+        lambda name: ".experts." in name or name.startswith("blocks.0.attention."),
+        lambda name: 0.005 if ".router." in name else 1.0,
+    ),
+    Rule(
+        ["*", "!experts"],
+        {"*.w_out": 3.0},
+        lambda name: ".experts." not in name,
+        lambda name: 3.0 if name.endswith("w_out") else 1.0,
+    ),
+    Rule(["*", "!head"], {}, lambda name: name != "head.weight", lambda name: 1.0),
+    Rule(
+        ["norms", "*.w_in", "shared"],
+        {"*.q*": 0.25, "attention": 2.0, "head": 1.5},
+        lambda name: "norm" in name or name.endswith(".w_in") or ".shared." in name,
+        lambda name: (
+            (0.5 if ".qkv." in name else 2.0 if ".attention." in name else 1.0) * (1.5 if "head" in name else 1)
+        ),
+    ),
+    Rule([], {"norms": 0.3, "embedding": 7.0}, lambda name: False, lambda name: _of_norms_and_embedding(name)),
+]
+
+
+def _of_norms_and_embedding(name: str) -> float:
+    return 0.3 if "norm" in name else 7.0 if name == "embedding.weight" else 1.0
+
+
 PLAIN = {"balance": {"coef": 0.0}, "z_loss_coef": 0.0}
 
 
@@ -48,14 +89,14 @@ class Where(NamedTuple):
     zero_stage: int | None = None
 
 
-Case = tuple[Where, int, list[str]]
-"""Layout, number of experts and list."""
+Case = tuple[Where, int, int]
+"""Layout, number of experts and of the rule."""
 LAYOUTS = {
     1: [Where(recompute="block"), Where(recompute="norms_and_activations", loss_chunk=5)],
     2: [Where(), Where(2), Where(1, "shard"), Where(2, "shard", "block", loss_chunk=3)],
     4: [Where(2, "shard", shard_size=2)],
 }
-NUM_CASES = {1: 4, 2: 10, 4: 2}
+NUM_CASES = {1: 4, 2: 12, 4: 2}
 
 
 def _config(num_experts: int) -> ModelConfig:
@@ -70,7 +111,9 @@ def _pieces(mesh: Mesh, step: int) -> list[Any]:
     return [rows_of(mine, 0, 1), rows_of(mine, 1, share)]
 
 
-def _engine(where: Where, num_experts: int, freeze: Sequence[str]) -> StepEngine:
+def _engine(
+    where: Where, num_experts: int, freeze: Sequence[str], lr_scale: Mapping[str, float] | None = None
+) -> StepEngine:
     mesh = None
     if torch.distributed.is_initialized():
         mesh = mesh_here(ep_size=where.ep_size, shard_size=where.shard_size)
@@ -84,6 +127,7 @@ def _engine(where: Where, num_experts: int, freeze: Sequence[str]) -> StepEngine
         mesh=mesh,
         parallel=ParallelConfig.model_validate(layout),
         freeze=freeze,
+        lr_scale=lr_scale,
         weight_decay=DECAY,
     )
 
@@ -94,25 +138,27 @@ def _train(engine: StepEngine, first: int, last: int) -> list[float]:
     return [engine.train_step(_pieces(engine.mesh, step), lr=lr).grad_norm for step, lr in rates.items()]
 
 
-def _trained(where: Where, num_experts: int, freeze: list[str]) -> tuple[dict[str, Tensor], list[float]]:
+def _trained(where: Where, num_experts: int, rule: int) -> tuple[dict[str, Tensor], list[float]]:
     """Train some steps; return the whole state, on rank 0, and gradient norms."""
-    with closing(_engine(where, num_experts, freeze)) as engine:
+    with closing(_engine(where, num_experts, RULES[rule].freeze, RULES[rule].lr_scale)) as engine:
         norms = _train(engine, 0, STEPS)
         slices = gather_state(engine.state(), engine.mesh).slices
     assert all(p.grad is None for p in engine.parameters.values())
     return {name: part.tensor.clone() for name, part in slices.items()}, norms
 
 
-def _by_torch(num_experts: int, freezes: Sequence[Sequence[str]]) -> tuple[Any, Any, list[float]]:
-    """Train by torch alone, each step with its own list; return weights before and after, and gradient norms.
+def _by_torch(
+    num_experts: int, are_frozen: Sequence[Callable[[str], bool]], factor: Callable[[str], float] = lambda name: 1.0
+) -> tuple[Any, Any, list[float]]:
+    """Train by torch alone, each step with its own frozen weights; return weights before and after, gradient norms.
 
     Each weight has an optimizer of its own, from its first step to the one before it is frozen.
     """
     model = make_model(_config(num_experts), dtype=torch.float64, seed=5)
     parameters, optimizers, norms = dict(model.named_parameters()), {}, []
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    for step, freeze in enumerate(freezes):
-        learning = {name: p for name, p in parameters.items() if not selected(freeze, name)}
+    for step, is_frozen in enumerate(are_frozen):
+        learning = {name: p for name, p in parameters.items() if not is_frozen(name)}
         optimizers = {
             name: optimizers.get(name)
             or AdamW([p], betas=(0.9, 0.95), weight_decay=DECAY if is_decayed(name, p) else 0.0)
@@ -122,35 +168,36 @@ def _by_torch(num_experts: int, freezes: Sequence[Sequence[str]]) -> tuple[Any, 
         model.zero_grad()
         (model(batch).loss_sum / batch.target_mask.sum()).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(learning.values(), CLIP)))
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = RATE / (1 + step)
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = RATE / (1 + step) * factor(name)
             optimizer.step()
     return before, {name: p.detach() for name, p in parameters.items()}, norms
 
 
 @cache
-def _expected(num_experts: int, freeze: tuple[str, ...]) -> tuple[Any, Any, list[float]]:
-    return _by_torch(num_experts, [freeze] * STEPS)
+def _expected(num_experts: int, rule: int) -> tuple[Any, Any, list[float]]:
+    return _by_torch(num_experts, [RULES[rule].is_frozen] * STEPS, RULES[rule].factor)
 
 
-def _check(found: Mapping[str, Tensor], norms: list[float], num_experts: int, freeze: list[str], rtol: float) -> None:
-    before, after, expected = _expected(num_experts, tuple(freeze))
-    torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected), rtol=rtol, atol=0)
+def _same_norms(mine: Sequence[float], theirs: Sequence[float], rtol: float) -> None:
+    torch.testing.assert_close(*(torch.tensor(n, dtype=torch.float64) for n in (mine, theirs)), rtol=rtol, atol=0)
+
+
+def _check(found: Mapping[str, Tensor], norms: list[float], num_experts: int, rule: int, rtol: float) -> None:
+    before, after, expected = _expected(num_experts, rule)
+    _same_norms(norms, expected, rtol)
     for name, weight in after.items():
-        mine = found[f"model.{name}"]
-        if selected(freeze, name):
-            assert torch.equal(mine, before[name].to(mine.dtype)), name
-        else:
-            assert not torch.equal(mine, before[name].to(mine.dtype)), name
-            assert float((mine - weight).abs().max()) <= rtol * max(1.0, float(weight.abs().max())), name
-        assert (f"optim.exp_avg.{name}" in found) is not selected(freeze, name), name
+        mine, is_frozen = found[f"model.{name}"], RULES[rule].is_frozen(name)
+        assert torch.equal(mine, before[name].to(mine.dtype)) is is_frozen, name
+        assert float((mine - weight).abs().max()) <= rtol * max(1.0, float(weight.abs().max())), name
+        assert (f"optim.exp_avg.{name}" in found) is not is_frozen, name
 
 
-def _cases(wheres: Sequence[Where], num_lists: int = len(LISTS)) -> list[Case]:
-    """Return lists in layouts, each in the next one, by turns with experts that do not divide evenly."""
+def _cases(wheres: Sequence[Where], num_cases: int = len(RULES)) -> list[Case]:
+    """Return rules in layouts, each in the next one, by turns with experts that do not divide evenly."""
     return [
-        (wheres[(turn // len(LISTS) + turn) % len(wheres)], 3 + turn % 2, freeze)
-        for turn, freeze in enumerate(itertools.islice(itertools.cycle(LISTS.values()), num_lists))
+        (wheres[(turn // len(RULES) + turn) % len(wheres)], 3 + turn % 2, turn % len(RULES))
+        for turn in range(num_cases)
     ]
 
 
@@ -162,20 +209,25 @@ def test_what_is_not_frozen_learns_as_by_torch_alone(ranks: Ranks) -> None:
     for world_size, wheres in LAYOUTS.items():
         cases = _cases(wheres, NUM_CASES[world_size])
         found = _trained_all(cases) if world_size == 1 else ranks.run(world_size, _trained_all, cases)[0]
-        for (_, num_experts, freeze), (state, norms) in zip(cases, found, strict=True):
-            _check(state, norms, num_experts, freeze, 1e-12)
+        for (_, num_experts, rule), (state, norms) in zip(cases, found, strict=True):
+            _check(state, norms, num_experts, rule, 1e-12)
 
 
 def test_deepspeed_freezes_too(ranks: Ranks) -> None:
     pytest.importorskip("deepspeed")
     cases = _cases([Where(zero_stage=1), Where(2, zero_stage=2)])
-    for (_, num_experts, freeze), (state, norms) in zip(cases, ranks.run(2, _trained_all, cases)[0], strict=True):
-        _check(state, norms, num_experts, freeze, 2e-4)
+    for (_, num_experts, rule), (state, norms) in zip(cases, ranks.run(2, _trained_all, cases)[0], strict=True):
+        _check(state, norms, num_experts, rule, 2e-5)
+
+
+def contains(name: str, word: str) -> bool:
+    return word in name
 
 
 def test_a_resumed_run_with_another_list_begins_moments_anew(tmp_path: Path) -> None:
     """A weight that learns again has no moments and no steps, as in a new optimizer; a frozen one loses them."""
-    freezes = [["router"], ["router"], ["experts"], ["experts"], [], ["router"]]
+    words = ["router", "router", "experts", "experts", "no word", "router"]
+    freezes = [[word] if word != "no word" else [] for word in words]
     engine = _engine(Where(), 4, freezes[0])
     norms = _train(engine, 0, 2)
     for step in range(2, 6):
@@ -184,8 +236,8 @@ def test_a_resumed_run_with_another_list_begins_moments_anew(tmp_path: Path) -> 
         found = resume(engine, tmp_path, step)
         check_fits(found, engine.wanted())
         norms += _train(engine, step, step + 1)
-    _, after, expected = _by_torch(4, freezes)
-    torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected), rtol=1e-12, atol=0)
+    _, after, expected = _by_torch(4, [partial(contains, word=f".{word}.") for word in words])
+    _same_norms(norms, expected, 1e-12)
     for name, weight in after.items():
         torch.testing.assert_close(engine.parameters[name].detach(), weight, rtol=0, atol=1e-12, msg=name)
     assert engine.moments_since == {name: 4 for name in engine.learning if "experts" in name}
@@ -219,3 +271,33 @@ def test_a_selection_bias_stops_with_its_router() -> None:
         engine = make_engine_of(NativeEngineConfig(), config, freeze=freeze)
         engine.train_step([make_batch(4, 8)], lr=1e-2)
         assert bool(engine.model.moe_layers()[0].router.get_buffer("bias").any()) is moves, freeze
+
+
+def _backward_flops(freeze: Sequence[str]) -> int:
+    engine = _engine(Where(loss_chunk=5), 4, freeze)
+    with FlopCounterMode(display=False) as counter:
+        engine.accumulate([make_batch(2, SEQ_LEN)])
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("role", ["experts", "router", "attention", "shared", "head"])
+def test_a_frozen_weight_costs_no_gradient(role: str) -> None:
+    """The product that gives it is not made, and costs as much as the weight's product forward."""
+    tokens, model = 2 * SEQ_LEN, _engine(Where(), 4, []).model
+    frozen = {name: model.get_parameter(name) for name in frozen_names(model, [role])}
+    share = 2 / 4 if role == "experts" else 1.0  # two of four experts for each token
+    products = sum(2 * tokens * int(p.numel() * share) for p in frozen.values() if p.dim() > 1)
+    assert _backward_flops([]) - _backward_flops([role]) == products > 0
+
+
+def test_a_frozen_weight_costs_no_memory_beside_itself() -> None:
+    engine = _engine(Where(), 4, ["experts", "embedding"])
+    assert isinstance(engine, NativeEngine)
+    engine.accumulate([make_batch(2, SEQ_LEN)])
+    learning = sum(p.numel() for p in engine.learning.values())
+    assert sum(p.grad.numel() for p in engine.parameters.values() if p.grad is not None) == learning
+    reduced = [p for reducer in engine.gradient_reducers for p in reducer.parameters]
+    assert sum(p.numel() for p in reduced) == learning
+    _train(engine, 0, 1)
+    moments = [t for state in engine.optimizer.state.values() for t in state.values() if t.dim()]
+    assert sum(t.numel() for t in moments) == 2 * learning < 2 * sum(p.numel() for p in engine.parameters.values())

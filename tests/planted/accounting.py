@@ -76,8 +76,8 @@ FAULTS = [
     _fault(
         "the optimizer is not told the rate",
         "trainer/engine/native.py",
-        'group["lr"] = lr',
-        'group["lr"] = 1e-3',
+        "set_rate(self.optimizer.param_groups, lr)",
+        "set_rate(self.optimizer.param_groups, 1e-3)",
         NATIVE,
     ),
     _fault(

@@ -4,6 +4,20 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "a factor of the learning rate is ignored",
+        "optim/create.py",
+        "lr * group.get(RATE_FACTOR, 1.0)",
+        "lr",
+        "optim/test_create.py",
+    ),
+    in_package(
+        "several factors of a weight are added",
+        "models/parameter_patterns.py",
+        "return prod(factor for",
+        "return sum(factor for",
+        "models/test_parameter_patterns.py",
+    ),
+    in_package(
         "weights that learn again go on with the steps of the run",
         "engine/native.py",
         "self.optimizer_steps - self.moments_since.get(name, 0)",

@@ -80,7 +80,7 @@ def _locate(details: ErrorDetails, tree: Node, root: type[Config]) -> _Spot:
             if not parts:
                 break
         part = parts.pop(0)
-        outer, slot = slot, slots.entry(slot, part) if isinstance(part, int) else slots.field(section, part)
+        outer, slot = slot, slots.entry(slot, part) if isinstance(part, int) else slots.named(slot, section, part)
         key = (*key, part)
         node = node.below(part) if node is not None else None
     return _Spot(details, key, node, slot, outer, section, siblings, union, branch)

@@ -115,7 +115,13 @@ def below(slot: Slot, node: Node, part: str | int) -> Slot:
     """Return the slot of a key or index of `node`, whose own slot is `slot`."""
     if isinstance(node.value, list):
         return entry(slot, int(part))
-    return field(section_of(slot, kind_of(node, slot)), str(part))
+    return named(slot, section_of(slot, kind_of(node, slot)), str(part))
+
+
+def named(slot: Slot, section: type[Config] | None, key: str) -> Slot:
+    """Return the slot of a key: of a section, or of a mapping whose keys are free."""
+    free = next((get_args(one)[1] for one in alternatives(slot.annotation) if get_origin(one) is dict), None)
+    return field(section, key) if free is None else Slot(free)
 
 
 def at(root: type[Config], key: str) -> list[Any]:

@@ -9,6 +9,8 @@ from trainer.config.base import Config, PathText, Problem
 from trainer.config.numbers import Count, Factor, Rows, Steps
 from trainer.models.parameter_patterns import PatternText, unknown_role
 
+RateFactor = Annotated[float, Field(ge=0, le=1e6)]
+
 
 class SpikesConfig(Config):
     """Losses far above those of recent steps: reported, counted in `loss_spikes` and, optionally, skipped."""
@@ -55,9 +57,12 @@ class TrainConfig(Config):
     """Stop after this many non-finite steps since the last step that was taken."""
     spikes: SpikesConfig = SpikesConfig()
     """Detection of loss spikes."""
-    freeze: list[PatternText] = Field(default_factory=list)
+    freeze: list[PatternText] = Field(default=[])
     """Weights that do not learn: roles (embedding, head, norms, attention, router, experts, shared, dense) and patterns
     of names (blocks.0.*, *.attention.qkv). An entry with an exclamation mark is an exception: ["*", "!router"]."""
+    lr_scale: dict[str, RateFactor] = Field(default={})
+    """Factors of the learning rate, by the same roles and patterns: {router: 0.1, blocks.0.*: 0.5}. A weight that
+    several match has the product."""
     routing_replay: RoutingReplayConfig | None = None
     """Recorded experts to use instead of the routers' choices. Null: the routers choose."""
 
@@ -66,5 +71,10 @@ class TrainConfig(Config):
         for index, entry in enumerate(self.freeze):
             if (wrong := unknown_role(entry)) is not None:
                 yield Problem(f"freeze.{index}", wrong)
+        for entry, factor in self.lr_scale.items():
+            if (wrong := unknown_role(entry, may_except=False)) is not None:
+                yield Problem("lr_scale", wrong)
+            if factor == 0:
+                yield Problem("lr_scale", f"{entry} is 0; use a factor above 0, or list it in train.freeze")
         if self.freeze and all(entry.startswith("!") for entry in self.freeze):
             yield Problem("freeze", 'there are exceptions only, so nothing is frozen; begin with what is, such as "*"')

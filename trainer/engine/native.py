@@ -16,7 +16,7 @@ from trainer.engine.step import Accumulated, NumericsConfig, StepEngine
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.models.parameter_roles import is_decayed
 from trainer.moe.routing import RoutingOptions
-from trainer.optim.create import MOMENTS, create_optimizer
+from trainer.optim.create import MOMENTS, create_optimizer, scale_rates, set_rate
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.accumulate import before_backward, before_forward, step_of
 from trainer.parallel.replicate import GradientReducer
@@ -40,6 +40,7 @@ class NativeEngine(StepEngine):
             decayed=[p for name, p in self.learning.items() if is_decayed(name, p)],
             not_decayed=[p for name, p in self.learning.items() if not is_decayed(name, p)],
         )
+        scale_rates(self.optimizer, {p: self.rate_factors[name] for name, p in self.learning.items()})
         self._dense = [p for name, p in self.learning.items() if name not in self.first_expert]
         self._experts = [p for name, p in self.learning.items() if name in self.first_expert]
         self.gradient_reducers = [
@@ -95,8 +96,7 @@ class NativeEngine(StepEngine):
         if clip is not None and grad_norm > clip:
             gradients = [local(p.grad) for p in self.learning.values() if p.grad is not None]
             torch._foreach_mul_(gradients, clip / (grad_norm + 1e-6))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer.param_groups, lr)
         self.optimizer.step()
         self._drop_gradients()
 

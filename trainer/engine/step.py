@@ -9,8 +9,8 @@ counted before the first forward pass. No factor of the number of micro-batches 
 import contextlib
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.engine.global_stats import GlobalStats
 from trainer.engine.nonfinite import Findings, describe_findings
 from trainer.engine.reduce import StepTotals, all_reduce_packed, read_numbers
-from trainer.models.freeze import is_frozen
+from trainer.models.freeze import is_frozen, rate_factors
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
 from trainer.moe.dispatch.budgeted_all_to_all import BudgetedAllToAllDispatcher
@@ -40,6 +40,8 @@ class NumericsConfig:
     dtype: torch.dtype
     """Dtype of matrix products; bfloat16 uses autocast over float32 parameters."""
     grad_clip: float | None
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    """Factors of the learning rate, by role or pattern of names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class StepEngine(Engine):
     def __init__(self, model: GPT, numerics: NumericsConfig, mesh: Mesh) -> None:
         super().__init__(model)
         self.numerics, self.mesh = numerics, mesh
+        self.rate_factors = rate_factors(model, numerics.lr_scale)
         self.losses = None if self.moe_config is None else self.moe_config.aux_losses
         self.global_stats = GlobalStats(self.losses, mesh.world)
 

@@ -1,12 +1,12 @@
-"""Frozen parameters: weights that have no gradient, no state of the optimizer and never change."""
+"""What learns, and how fast: frozen parameters have no gradient, no state of the optimizer and never change."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from trainer.errors import ConfigError
 from trainer.models.gpt import GPT
-from trainer.models.parameter_patterns import check_selection, selected
+from trainer.models.parameter_patterns import TIED, TWICE, check_matches, check_selection, factor_of, matches, selected
 
 
 def frozen_names(model: GPT, entries: Sequence[str]) -> list[str]:
@@ -37,3 +37,47 @@ def is_frozen(module: nn.Module) -> bool:
     """Return whether a module has parameters, all of which are frozen."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def rate_factors(model: GPT, factors: Mapping[str, float]) -> dict[str, float]:
+    """Return the factor of the learning rate of each parameter that learns, by `train.lr_scale`.
+
+    Raises:
+        ConfigError: if an entry matches nothing that learns.
+    """
+    learning = {name: p.requires_grad for name, p in model.named_parameters()}
+    check_matches("train.lr_scale", factors, list(learning), is_tied=model.head is None)
+    by_any_name = dict(learning)
+    if model.head is None:
+        for embedding, head in TIED.items():
+            by_any_name[head] = learning[embedding]
+            first, second = factor_of(factors, embedding), factor_of(factors, head)
+            if first != second:
+                given = f"{embedding} has {first:g} and {head} {second:g}"
+                raise ConfigError(f"train.lr_scale: {given}, and both are one weight: {TWICE}")
+    for entry in factors:
+        if not any(learns and matches(entry, name) for name, learns in by_any_name.items()):
+            raise ConfigError(f"train.lr_scale: {entry} matches only weights that train.freeze freezes; leave it out")
+    return {name: factor_of(factors, name) for name, learns in learning.items() if learns}
+
+
+def frozen_router_warning(model: GPT) -> str | None:
+    """Return a warning if losses are on that are for the routers' sake, and every router is frozen; else None.
+
+    Their gradients go on to the weights below, which then learn to give tokens that the routers spread evenly.
+    """
+    moe, layers = model.config.moe, model.moe_layers()
+    if moe is None or not layers or not all(is_frozen(layer.router) for layer in layers):
+        return None
+    terms = [f"{term.name}_loss" for term in moe.aux_losses.terms() if term.name not in ("router", "diversity")]
+    if not terms:
+        return None
+    names = [name for name, _ in model.named_parameters()]
+    last = max(at for at, name in enumerate(names) if "router" in name.split("."))
+    does = "changes the weights below them instead"
+    if not any(model.get_parameter(name).requires_grad for name in names[:last]):
+        does = "reaches nothing that learns"
+    return (
+        f"train.freeze: every router is frozen, and {' and '.join(terms)} {does}; set the coefficients to 0 in "
+        "model.moe if that is not meant"
+    )

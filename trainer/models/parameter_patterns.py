@@ -1,18 +1,21 @@
 """Select parameters by role or by pattern of names, as `train.freeze` and `train.lr_scale` do. Imports no torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from math import prod
 from typing import Annotated, Final
 
 from pydantic import Field
 
+from trainer.config.nodes import shown
 from trainer.config.wording import near
 from trainer.errors import ConfigError
 
-PatternText = Annotated[str, Field(pattern=r"^!?[A-Za-z0-9_.*?\[\]-]{1,200}$")]
+PatternText = Annotated[str, Field(min_length=1, max_length=201)]
 """A role, or a pattern of names; with an exclamation mark, an exception."""
-
+_PATTERN = re.compile(r"[A-Za-z0-9_.*?\[\]-]{1,200}")
 _FEED_FORWARD = {"router", "experts", "shared"}
 _IS_OF: Final[dict[str, Callable[[list[str]], bool]]] = {
     "embedding": lambda parts: "embedding" in parts,
@@ -28,11 +31,22 @@ _IS_OF: Final[dict[str, Callable[[list[str]], bool]]] = {
 _ELSEWHERE = {"expert": "experts", "norm": "norms", "routers": "router", "embeddings": "embedding", "lm_head": "head"}
 TIED: Final = {"embedding.weight": "head.weight"}
 """Second name of the embedding that is also the head."""
+TWICE: Final = (
+    "embedding and head at once (model.tie_embeddings: true); list both embedding and head, or use "
+    "model.tie_embeddings=false"
+)
+"""What to say of a tied embedding."""
 
 
-def unknown_role(entry: str) -> str | None:
-    """Return what is wrong with an entry that is neither a pattern of names nor a role; None if nothing is."""
-    word = entry.removeprefix("!")
+def unknown_role(entry: str, *, may_except: bool = True) -> str | None:
+    """Return what is wrong with an entry that is neither a role nor a pattern of names; None if nothing is.
+
+    An entry that begins with an exclamation mark is an exception, where there may be some.
+    """
+    word = entry.removeprefix("!") if may_except else entry
+    if not _PATTERN.fullmatch(word):
+        allowed = "letters, digits, '.', '_', '-', '*', '?' and brackets"
+        return f"{shown(entry)} is not a pattern of names; use at most 200 {allowed}, such as blocks.0.*"
     if word in _IS_OF or "." in word or "*" in word:
         return None
     meant = _ELSEWHERE.get(word) or near(word, list(_IS_OF), cutoff=0.6)
@@ -55,8 +69,24 @@ def selected(entries: Iterable[str], name: str) -> bool:
     return not excepted and any(matches(entry, name) for entry in entries if not entry.startswith("!"))
 
 
-def check_selection(key: str, entries: Sequence[str], names: Sequence[str], *, is_tied: bool) -> None:
-    """Refuse entries that select no parameter, or only one of the two uses of a tied embedding.
+def factor_of(factors: Mapping[str, float], name: str) -> float:
+    """Return the product of all factors whose entries match a parameter; 1 if none does."""
+    return prod(factor for entry, factor in factors.items() if matches(entry, name))
+
+
+def in_fewer_layers(entry: str, *, before: int, after: int) -> str:
+    """Return an entry for a model with fewer layers: one of layers that are gone selects a layer at the same height."""
+    mark, word = entry[: entry.startswith("!")], entry.removeprefix("!")
+    blocks, _, rest = word.partition(".")
+    layer, dot, inside = rest.partition(".")
+    chosen = [number for number in range(before) if fnmatchcase(str(number), layer)]
+    if blocks != "blocks" or not chosen or chosen[0] < after:
+        return entry
+    return f"{mark}blocks.{chosen[0] * after // before}{dot}{inside}"
+
+
+def check_matches(key: str, entries: Iterable[str], names: Sequence[str], *, is_tied: bool) -> None:
+    """Refuse an entry that matches no parameter.
 
     Raises:
         ConfigError: with the key and the first such entry.
@@ -65,14 +95,19 @@ def check_selection(key: str, entries: Sequence[str], names: Sequence[str], *, i
     for entry in entries:
         if not any(matches(entry.removeprefix("!"), name) for name in every):
             raise ConfigError(f"{key}: {entry} matches no weight of this model; its weights are {_examples(names)}")
-    if is_tied:
-        for embedding, head in TIED.items():
-            chosen = [name for name in (embedding, head) if selected(entries, name)]
-            if len(chosen) == 1:
-                raise ConfigError(
-                    f"{key}: selects {chosen[0]} alone, which is embedding and head at once (model.tie_embeddings: "
-                    "true); list both embedding and head, or use model.tie_embeddings=false"
-                )
+
+
+def check_selection(key: str, entries: Sequence[str], names: Sequence[str], *, is_tied: bool) -> None:
+    """Refuse entries that match no parameter, or select only one of the two uses of a tied embedding.
+
+    Raises:
+        ConfigError: with the key and the first such entry.
+    """
+    check_matches(key, entries, names, is_tied=is_tied)
+    for embedding, head in TIED.items() if is_tied else ():
+        chosen = [name for name in (embedding, head) if selected(entries, name)]
+        if len(chosen) == 1:
+            raise ConfigError(f"{key}: selects {chosen[0]} alone, which is {TWICE}")
 
 
 def _examples(names: Iterable[str]) -> str:
@@ -87,10 +122,3 @@ def kinds_of(names: Iterable[str]) -> list[str]:
 
 def _without_numbers(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
-
-
-def entries_of(names: Iterable[str], entries: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield each pair of a parameter and an entry that selects it."""
-    entries = list(entries)
-    for name in names:
-        yield from ((name, entry) for entry in entries if matches(entry, name))

@@ -11,7 +11,7 @@ more. Nothing of T * V elements exists in either pass.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,13 @@ def chunked_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, chunks: H
     return -torch.cat(nats).view(targets.shape), torch.cat(is_greedy).view(targets.shape)
 
 
+class _Needed(NamedTuple):
+    """Whether something learns from the gradient of the hidden states, and whether the weight does."""
+
+    hidden: bool
+    weight: bool
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,7 +95,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.chunks, ctx.prepared = chunks, None
         mask = target_mask.to(_wide(chunks.dtype))
         if prepares:
-            nats, logsumexp, *ctx.prepared = _with_gradients(hidden, weight, targets, mask, None, chunks)
+            needed = _Needed(*ctx.needs_input_grad[:2])
+            nats, logsumexp, *ctx.prepared = _with_gradients(hidden, weight, targets, mask, None, chunks, needed)
         else:
             tokens, token_ids, cast = hidden.flatten(0, 1), targets.flatten(), weight.to(chunks.dtype)
             parts = [
@@ -106,23 +114,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         prepared, ctx.prepared = ctx.prepared, None  # scaled in place, so a second backward pass computes its own
         if prepared is not None and grad_z is None and grad_loss is not None and _is_uniform(grad_loss):
             scale = grad_loss[0]
-            grad_hidden, grad_weight = (gradient.mul_(scale) for gradient in prepared)
+            grad_hidden, grad_weight = (None if gradient is None else gradient.mul_(scale) for gradient in prepared)
         else:
             mask = target_mask.to(_wide(ctx.chunks.dtype))
             on_loss = mask * (0 if grad_loss is None else grad_loss[:, None])
             on_z = None if grad_z is None else mask * grad_z[:, None]
-            *_, grad_hidden, grad_weight = _with_gradients(hidden, weight, targets, on_loss, on_z, ctx.chunks)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
+            needed = _Needed(*ctx.needs_input_grad[:2])
+            found = _with_gradients(hidden, weight, targets, on_loss, on_z, ctx.chunks, needed)
+            *_, grad_hidden, grad_weight = found
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _with_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, on_loss: Tensor, on_z: Tensor | None, chunks: HeadChunks
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return nats and logsumexp (B, S), and the gradients of hidden and weight, given those of nats and logsumexp^2."""
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    on_loss: Tensor,
+    on_z: Tensor | None,
+    chunks: HeadChunks,
+    needed: _Needed,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return nats and logsumexp (B, S), and the gradients of hidden and weight, given those of nats and logsumexp^2.
+
+    One that is not needed is None, and costs no product and no memory.
+    """
     tokens, token_ids, cast = hidden.flatten(0, 1), targets.flatten(), weight.to(chunks.dtype)
     nats, logsumexp = (torch.empty(targets.shape, dtype=on_loss.dtype, device=hidden.device) for _ in range(2))
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed.hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needed.weight else None
     losses_and_gradient = _parts(chunks.is_compiled)
     for chunk in chunks.of(len(tokens)):
         x = tokens[chunk].to(chunks.dtype)  # (n, D)
@@ -130,8 +150,10 @@ def _with_gradients(
         gradients = on_loss.reshape(-1)[chunk], z
         found = losses_and_gradient(F.linear(x, cast), token_ids[chunk], *gradients, chunks.softcap)
         nats.view(-1)[chunk], logsumexp.view(-1)[chunk], grad_logits = found
-        grad_hidden.view(tokens.shape)[chunk] = grad_logits @ cast
-        _add_product(grad_weight, grad_logits.T, x)
+        if grad_hidden is not None:
+            grad_hidden.view(tokens.shape)[chunk] = grad_logits @ cast
+        if grad_weight is not None:
+            _add_product(grad_weight, grad_logits.T, x)
     return nats, logsumexp, grad_hidden, grad_weight
 
 

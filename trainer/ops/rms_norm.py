@@ -27,10 +27,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @only_first_derivative
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         normed = x.to(weight.dtype) * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         # d/dx of x * scale: what is along x does not change the result.
         grad_normed = grad * weight
         along = (grad_normed * normed).mean(-1, keepdim=True)

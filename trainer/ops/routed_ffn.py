@@ -105,8 +105,8 @@ class _RoutedFFN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, slot_of_row, rows_per_expert, h, *parameters = ctx.saved_tensors
         if len(slot_of_row) == 0:
-            given = (x, weight, None, None, *parameters)
-            return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in given)
+            given = zip((x, weight, None, None, *parameters), ctx.needs_input_grad, strict=True)
+            return tuple(None if t is None or not learns else torch.zeros_like(t) for t, learns in given)
         kernel, dtype, b_out = ctx.how.kernel, ctx.how.dtype, parameters[3]
         weights = _layer_weights(parameters, ctx.how, learns=ctx.needs_input_grad[4:7])
         rows = _rows(x.to(dtype), weight, slot_of_row, rows_per_expert)
@@ -117,7 +117,8 @@ class _RoutedFFN(torch.autograd.Function):
         d_scale, db_out = grads.scale, None
         if b_out is not None:
             d_scale = d_scale + (dy @ b_out.to(dy.dtype).T).view(-1)[_cells(rows)]
-            db_out = (_weight_matrix(rows).T @ dy).to(b_out.dtype)
+            if ctx.needs_input_grad[7]:
+                db_out = (_weight_matrix(rows).T @ dy).to(b_out.dtype)
         dx = sum_slots(grads.x, rows_of_slots(slot_of_row, ctx.shape), is_full=ctx.is_full)
         dweight = weight.new_zeros(ctx.shape.numel() + 1)
         dweight.index_copy_(0, slot_of_row.long(), d_scale.to(weight.dtype))

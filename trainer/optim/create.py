@@ -1,7 +1,10 @@
 """Create the optimizer of the native engine, built-in or a plug-in."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.config.build_plugin import build_plugin, is_plugin
@@ -11,6 +14,8 @@ from trainer.optim.registry import OptimizerOptions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of a parameter that checkpoints hold, besides `step`."""
+RATE_FACTOR = "lr_scale"
+"""Key of an optimizer's group: factor of its learning rate."""
 
 
 def create_optimizer(config: OptimizerOptions, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
@@ -34,3 +39,25 @@ def _check_state(config: OptimizerOptions) -> None:
             f"optim: {config.kind}: the state of a parameter has {', '.join(sorted(found)) or 'nothing'}; checkpoints "
             f"hold exactly step, {' and '.join(MOMENTS)}"
         )
+
+
+def scale_rates(optimizer: Optimizer, factors: Mapping[Tensor, float]) -> None:
+    """Split the groups of an optimizer, which has taken no step, so that each has one factor of the learning rate.
+
+    A plug-in needs to know nothing of it: groups are torch's own, and the state is by parameter.
+    """
+    if all(factor == 1 for factor in factors.values()):
+        return
+    groups = []
+    for group in optimizer.param_groups:
+        members: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            members.setdefault(factors[parameter], []).append(parameter)
+        groups += [{**group, "params": same, RATE_FACTOR: factor} for factor, same in members.items()]
+    optimizer.param_groups[:] = groups
+
+
+def set_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
+    """Set the learning rate of a step: that of a group is `lr` times its factor."""
+    for group in groups:
+        group["lr"] = lr * group.get(RATE_FACTOR, 1.0)

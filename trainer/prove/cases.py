@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from trainer.data.sources.chat_options import ChatOptions
@@ -10,6 +11,7 @@ from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.models.config import Recompute, ShardKeeps
+from trainer.models.parameter_patterns import in_fewer_layers
 from trainer.moe.dispatch.registry import LocalDispatcherConfig, WireOptions
 
 MAX_RANKS = 4
@@ -272,6 +274,8 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
     model["attention"] = _small_window(model["attention"], model["num_layers"])
     if isinstance(again := values["parallel"]["recompute"], dict):
         again["every"] = min(again["every"], model["num_layers"])
-    rows = values["train"]["global_batch_size"]
-    values["train"]["global_batch_size"] = min(rows, 7)  # not divisible by any number of ranks
+    train, small = values["train"], partial(in_fewer_layers, before=config.model.num_layers, after=model["num_layers"])
+    train["global_batch_size"] = min(train["global_batch_size"], 7)  # not divisible by any number of ranks
+    train["freeze"] = [small(entry) for entry in train["freeze"]]
+    train["lr_scale"] = {small(entry): factor for entry, factor in train["lr_scale"].items()}
     return ExperimentConfig.model_validate(values)

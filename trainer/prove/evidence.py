@@ -43,6 +43,9 @@ class Evidence:
     last_update: dict[str, Tensor] = field(default_factory=dict)
     """Weights and buffers after the last step."""
     learning_rates: list[float] = field(default_factory=list)
+    """Of every step, without the factors of weights."""
+    rate_factors: dict[str, float] = field(default_factory=dict)
+    """Factor of the learning rate of each weight that learns."""
     adam_eps: float = 0.0
     disagreements: list[str] = field(default_factory=list)
     """Weights and buffers whose replicas differ after the first or the last step."""
@@ -78,7 +81,11 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
 
 def _train(config: ExperimentConfig, engine: StepEngine, stream: TrainStream, mesh: Mesh, *, steps: int) -> Evidence:
     schedule = config.schedule.build(total_steps=config.train.steps)
-    evidence = Evidence(start=_weights(engine, mesh), adam_eps=getattr(config.optim, "eps", 1e-8))
+    evidence = Evidence(
+        start=_weights(engine, mesh),
+        adam_eps=getattr(config.optim, "eps", 1e-8),
+        rate_factors=engine.rate_factors,
+    )
     for step in range(steps):
         batches = stream.micro_batches(
             step * config.train.global_batch_size,

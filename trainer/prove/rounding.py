@@ -79,7 +79,8 @@ class Ruler:
         share, difference = own.double().abs(), (value.double() - expected.double()).abs()
         if self._started_at_zero(name) and not self.is_rounding(name):
             return _ratio(float((share * difference).sum()), float((share * expected.double().abs()).sum()))
-        moved = sum(self.reference.learning_rates[:steps]) * self._step_errors(name, share, gradient)
+        rate = sum(self.reference.learning_rates[:steps]) * self.reference.rate_factors.get(name, 1.0)
+        moved = rate * self._step_errors(name, share, gradient)
         sizes = (moved / self.tolerance).clamp(min=max(size, _TINY))
         return float((difference / sizes).max()) if difference.numel() else 0.0
 

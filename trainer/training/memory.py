@@ -11,10 +11,15 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ResourceError, explain_out_of_memory
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.system_stats import total_memory
+from trainer.models.freeze import freeze_parameters, frozen_names
+from trainer.models.gpt import GPT
+from trainer.models.initialize import expert_parameters
+from trainer.models.parameter_roles import parameter_role
 
 _MIN_VOCAB_SIZE = 256
 """Assumed where the vocabulary size is only known from a file."""
 _WITH_GRADIENT_AND_MOMENTS = 4
+"""Numbers for each weight that learns; a frozen one is alone."""
 _BATCH_BYTES = 50
 """Bytes per position of a `Batch`: six int64 and two bool."""
 
@@ -45,10 +50,15 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     local_experts = 0 if model.moe is None else model.moe.num_experts // layout.ep_size
     is_native, is_sharded = isinstance(config.engine, NativeEngineConfig), config.parallel.data == "shard"
     copies = _WITH_GRADIENT_AND_MOMENTS if is_native else 1  # DeepSpeed shards the moments, but no weights
-    dense, experts = weights.dense, local_experts * weights.expert
+    frozen = _frozen(config, vocab_size)
+    dense, experts = (
+        copies * whole - (copies - 1) * still
+        for whole, still in zip((weights.dense, weights.expert), frozen, strict=True)
+    )
+    experts *= local_experts
     if is_sharded:
         dense, experts = dense // layout.num_shards, experts // layout.num_expert_shards
-    state = size * copies * (dense + experts)
+    state = size * (dense + experts)
     num_rows = min(config.parallel.micro_batch_size, rows_per_rank)
     chunk = config.parallel.loss_chunk
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
@@ -73,6 +83,21 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
         f"({formatting.size(local_ranks * part_size)} for {part}), and {formatting.size(available)} is available; "
         f"lower {advice}"
     )
+
+
+def _frozen(config: ExperimentConfig, vocab_size: int) -> tuple[int, int]:
+    """Return how many weights of the dense part, without routers, and of one expert in all layers are frozen."""
+    if not config.train.freeze and config.model.lora is None:
+        return 0, 0
+    with torch.device("meta"):
+        model = GPT(config.model, vocab_size)
+    freeze_parameters(model, frozen_names(model, config.train.freeze))
+    experts, parameters = expert_parameters(model), dict(model.named_parameters())
+    frozen = [name for name, p in parameters.items() if not p.requires_grad and parameter_role(name) != "router"]
+    sizes = {name: parameters[name].numel() for name in frozen}
+    of_experts = sum(size for name, size in sizes.items() if name in experts)
+    num_experts = 1 if config.model.moe is None else config.model.moe.num_experts
+    return sum(sizes.values()) - of_experts, of_experts // num_experts
 
 
 def hint(config: ExperimentConfig, phase: Phase, *, note: str = "") -> AbstractContextManager[None]:

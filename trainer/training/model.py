@@ -13,7 +13,7 @@ from trainer.engine.step import NumericsConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.config import ModelConfig
-from trainer.models.freeze import freeze_parameters, frozen_names
+from trainer.models.freeze import freeze_parameters, frozen_names, rate_factors
 from trainer.models.gpt import GPT
 from trainer.models.parameter_patterns import selected
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
@@ -29,13 +29,14 @@ def meta_model(config: ExperimentConfig, num_ids: int) -> GPT:
     """Build the whole model, for a tokenizer of so many ids, on the meta device, with what is frozen.
 
     Raises:
-        ConfigError: if `train.freeze` does not fit the model.
+        ConfigError: if `train.freeze` or `train.lr_scale` does not fit the model.
     """
     kernel = config.parallel.experts_kernel
     assert kernel != "auto", "resolve_kernel comes first"
     with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
         model = GPT(config.model, num_ids, experts_kernel=kernel)
     freeze_parameters(model, frozen_names(model, config.train.freeze))
+    rate_factors(model, config.train.lr_scale)  # refused before there are weights
     return model
 
 
@@ -45,7 +46,7 @@ def build_parallel_model(
     """Build the model with initial values, on its device and in its layout.
 
     Raises:
-        ConfigError: if `train.freeze` does not fit the model.
+        ConfigError: if `train.freeze` or `train.lr_scale` does not fit the model.
     """
     if config.parallel.deterministic:
         runtime.use_deterministic_kernels()
@@ -154,7 +155,10 @@ def _experts_learn(config: ExperimentConfig) -> bool:
 
 def numerics(config: ExperimentConfig) -> NumericsConfig:
     """Return the settings of `train` and `seed` that an engine needs."""
-    return NumericsConfig(seed=config.seed, dtype=_DTYPES[config.train.dtype], grad_clip=config.train.grad_clip)
+    train = config.train
+    return NumericsConfig(
+        seed=config.seed, dtype=_DTYPES[train.dtype], grad_clip=train.grad_clip, lr_scale=train.lr_scale
+    )
 
 
 def single_process(config: ExperimentConfig) -> ExperimentConfig:

@@ -40,6 +40,9 @@ def header(run: RunState) -> list[Line]:
         bytes_per_token = sum(file.num_bytes for file in corpus.train) / sum(file.num_tokens for file in corpus.train)
         lines.append(("tokens", f"{corpus.tokenizer.vocab_size} kinds, {bytes_per_token:.2f} bytes each"))
     lines.append(("steps", f"{steps}, experts by {config.parallel.experts_kernel}"))
+    if config.train.lr_scale:
+        factors = ", ".join(f"{entry} {factor:g}" for entry, factor in config.train.lr_scale.items())
+        lines.append(("rates", f"learning rate times {factors}"))
     if layout.world_size > 1:
         lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}"))
     if isinstance(config.engine, DeepSpeedEngineConfig):

@@ -34,6 +34,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.metrics.profiler import Profiler
 from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import model_size
+from trainer.models.freeze import frozen_router_warning
 from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.routing_record.replayed_rows import ReplayedRows
 from trainer.routing_record.sequence_rows import RecordedSequences
@@ -150,8 +151,9 @@ def build_model_and_engine(
     with memory.hint(config, "making the weights", note=f" ({size.total_parameters / 1e6:.1f}M parameters in all)"):
         model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     if config.model.moe is not None:
-        layers = model.moe_layers()
-        for warning in filter(None, (training_warning(config.model.moe, layers), evaluation_warning(layers))):
+        moe, layers = config.model.moe, model.moe_layers()
+        warnings = training_warning(moe, layers), evaluation_warning(layers), frozen_router_warning(model)
+        for warning in filter(None, warnings):
             console.warning(warning)
     with memory.hint(config, "making the optimizer state, two numbers per weight"):
         engine = config.engine.build(

@@ -111,6 +111,25 @@ def test_weights_alone_come_without_moments_of_a_step_that_is_named(parent: Path
     _assert_equal(_stored(Path(named.runs_dir) / "named"), mine)
 
 
+def test_frozen_weights_have_no_moments_and_learn_later_as_in_a_new_optimizer(parent: Path) -> None:
+    both, frozen = "init_from.parts=weights+optimizer", ["router", "experts"]
+    first, _ = _start(
+        _config(parent.parents[1], "frozen", [f"init_from.run={parent}", both, f"train.freeze=[{', '.join(frozen)}]"])
+    )
+    of_frozen = [name for name in _stored(first.folder.path) if any(f".{role}." in name for role in frozen)]
+    assert of_frozen and not any(name.startswith("optim.") for name in of_frozen)
+    source = f"init_from.checkpoint={first.folder.path}/checkpoints/step_00000000"
+    second, _ = _start(_config(parent.parents[1], "learning", [source, both]))
+    late = {name.removeprefix("model.") for name in of_frozen} & second.engine.learning.keys()
+    assert second.engine.moments_since == dict.fromkeys(late, 4) and second.engine.optimizer_steps == 4
+    stored = _stored(parent, 4)
+    for name, part in second.engine.state().slices.items():
+        is_anew = name.startswith("optim.") and any(f".{role}." in name for role in frozen)
+        assert torch.equal(part.tensor, torch.zeros_like(part.tensor) if is_anew else stored[name]), name
+    for run in (first, second):
+        assert verify_checkpoint(CheckpointFolder(run.folder.checkpoints), 0).findings == []
+
+
 def test_a_run_that_goes_on_needs_no_parent_and_repeats_every_step(parent: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     shutil.copytree(parent, theirs)

@@ -12,6 +12,7 @@ from tests.builders import latent_attention, make_batch, make_model, tiny_model_
 from trainer.models.block import Block
 from trainer.models.config import Recompute
 from trainer.models.flops import model_size
+from trainer.models.freeze import freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import is_adapter, parameter_role
 
@@ -58,6 +59,17 @@ def test_adapters_of_experts_compute_their_narrow_products_once_more_in_the_back
     assert counter.get_total_flops() - again == size.training_flops_per_token * 16
     adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
     assert size.learning_parameters == adapters < size.total_parameters
+
+
+@pytest.mark.parametrize("freeze", [["experts"], ["router", "attention"], ["shared", "dense", "head"]])
+def test_frozen_weights_have_a_product_less(freeze: list[str]) -> None:
+    model, batch = make_model(tiny_model_config({"num_shared_experts": 1, "first_dense_layers": 1})), make_batch(2, 8)
+    freeze_parameters(model, frozen_names(model, freeze))
+    size = model_size(model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch).loss_sum.backward()
+    assert counter.get_total_flops() == size.training_flops_per_token * 16 < 16 * 3 * size.forward_flops_per_token
+    assert size.learning_parameters == sum(p.numel() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_window_leaves_out_the_keys_beyond_it() -> None:

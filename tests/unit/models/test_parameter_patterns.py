@@ -9,8 +9,9 @@ import torch
 from tests.builders import latent_attention, tiny_model_config
 from trainer.engine.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.models.freeze import freeze_parameters, frozen_names, is_frozen
+from trainer.models.freeze import freeze_parameters, frozen_names, frozen_router_warning, is_frozen, rate_factors
 from trainer.models.gpt import GPT
+from trainer.models.parameter_patterns import in_fewer_layers
 
 MOE = {"num_shared_experts": 1, "shared_gate": True, "first_dense_layers": 1, "expert_bias": True}
 ROLES = {
@@ -106,3 +107,91 @@ def test_a_tied_embedding_is_frozen_with_the_head() -> None:
 def test_a_word_that_is_no_role_is_refused_with_the_config(entries: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TrainConfig(freeze=entries)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("blocks.7.attention.*", "blocks.1.attention.*"),
+        ("!blocks.3", "!blocks.0"),
+        ("blocks.[4-7].*", "blocks.1.*"),
+        ("blocks.1.*", "blocks.1.*"),
+        ("blocks.*.ffn", "blocks.*.ffn"),
+        ("router", "router"),
+        ("*.router.*", "*.router.*"),
+    ],
+)
+def test_entries_of_layers_that_are_gone_select_layers_at_the_same_height(entry: str, expected: str) -> None:
+    assert in_fewer_layers(entry, before=8, after=2) == expected
+
+
+def _factors(model: GPT, factors: dict[str, float], freeze: list[str] | None = None) -> dict[str, float]:
+    freeze_parameters(model, frozen_names(model, freeze or []))
+    return rate_factors(model, factors)
+
+
+def test_a_weight_that_several_entries_match_has_the_product_of_their_factors() -> None:
+    found = _factors(_model(qk_norm=True), {"norms": 0.5, "attention": 4.0, "blocks.1": 0.1, "*": 3.0}, ["router"])
+    assert found["blocks.1.attention.q_norm.weight"] == pytest.approx(0.6)
+    assert found["blocks.0.attention_norm.weight"] == 1.5 and found["embedding.weight"] == 3.0
+    assert "blocks.1.ffn.router.gate.weight" not in found, "it does not learn"
+
+
+def test_without_factors_every_rate_is_the_schedule_s() -> None:
+    assert set(_factors(_model(), {}).values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "factors", "message"),
+    [
+        ({}, {"blocks.5": 2.0}, "train.lr_scale: blocks.5 matches no weight of this model"),
+        ({}, {"router": 2.0}, "train.lr_scale: router matches only weights that train.freeze freezes; leave it out"),
+        (
+            {"tie_embeddings": True},
+            {"head": 0.5},
+            "train.lr_scale: embedding.weight has 1 and head.weight 0.5, and both are one weight: embedding and",
+        ),
+    ],
+)
+def test_factors_that_do_not_fit_the_model_are_refused(fields: Any, factors: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        _factors(_model(**fields), factors, ["router"])
+
+
+def test_a_tied_embedding_has_one_factor() -> None:
+    for both in ({"embedding": 0.5, "head": 0.5}, {"*": 0.5}):
+        assert _factors(_model(tie_embeddings=True), both)["embedding.weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"router": 0.0}, "lr_scale: router is 0; use a factor above 0, or list it in train.freeze"),
+        ({"heads": 2.0}, "lr_scale: heads is not a role of weights; did you mean head?"),
+        ({"!head": 2.0}, "lr_scale: '!head' is not a pattern of names; use at most 200 letters"),
+        ({"a b": 2.0}, "lr_scale: 'a b' is not a pattern of names"),
+    ],
+)
+def test_factors_are_checked_with_the_config(factors: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainConfig(lr_scale=factors)
+
+
+def _warning(freeze: list[str], **balance: Any) -> str | None:
+    with torch.device("meta"):
+        model = GPT(tiny_model_config({"first_dense_layers": 1, **balance}), 32)
+    freeze_parameters(model, frozen_names(model, freeze))
+    return frozen_router_warning(model)
+
+
+def test_a_loss_for_frozen_routers_is_warned_about() -> None:
+    beginning, end = "train.freeze: every router is frozen, and balance_loss and z_loss", "in model.moe if that is not"
+    assert _warning(["attention"]) is None
+    assert _warning(["router"], balance={"coef": 0.0}, z_loss_coef=0.0) is None
+    for freeze, does in (
+        (["router"], "changes the weights below them instead"),
+        (["*", "!blocks.1.ffn_norm"], "changes the weights below them instead"),
+        (["*", "!blocks.1.ffn.experts", "!head"], "reaches nothing that learns"),
+    ):
+        found = _warning(freeze, balance={"coef": 0.1})
+        assert found is not None and found.startswith(f"{beginning} {does}; set the coefficients to 0 {end}"), found

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 
@@ -46,6 +47,22 @@ def _gradients(objective: Tensor, *inputs: Tensor, **options: Any) -> tuple[Tens
 def _close(mine: Any, theirs: Any) -> None:
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_the_gradient_of_a_frozen_input_is_not_computed(frozen: int, is_uniform: bool) -> None:
+    inputs = _inputs()
+    inputs[frozen].requires_grad_(False)
+    learning = inputs[1 - frozen]
+    mine, _ = chunked_cross_entropy(*inputs, chunks=HeadChunks(5, torch.float64))
+    theirs, _ = _whole(*inputs)
+    with FlopCounterMode(display=False) as counter:
+        sums = [loss.sum() if is_uniform else (loss * torch.arange(1.0, B + 1)).sum() for loss in (mine, theirs)]
+        _close(*(_gradients(total, learning) for total in sums))
+        chunked_cross_entropy(*inputs, chunks=HeadChunks(5, torch.float64))
+    again = 2 * (not is_uniform)  # products of the logits and of the gradient, once more in the backward pass
+    assert counter.get_total_flops() == 2 * T * D * V * (2 + again + 1), "with one product of torch's own"
 
 
 @pytest.mark.parametrize("size", SIZES)

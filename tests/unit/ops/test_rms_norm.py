@@ -32,6 +32,15 @@ def test_value_and_gradients_are_those_of_autograd(shape: tuple[int, ...], eps: 
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_frozen_weight_has_no_gradient_and_the_input_has_the_same() -> None:
+    x, weight = _inputs((2, 5, 8))
+    both = torch.autograd.grad(rms_norm(x, weight, 1e-6).square().sum(), (x, weight))
+    node = rms_norm(x, weight.detach(), 1e-6)
+    with torch.no_grad():
+        found = node.grad_fn.apply(2 * node)  # pyrefly: ignore[missing-attribute]
+    assert torch.equal(found[0], both[0]) and found[1] is None
+
+
 def test_narrow_inputs_are_normalized_in_the_dtype_of_the_weight() -> None:
     x, weight = _inputs((4, 8), torch.bfloat16)
     y = rms_norm(x, weight, 1e-6)

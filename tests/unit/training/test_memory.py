@@ -50,6 +50,11 @@ CASES = {
         Layout(world_size=8, ep_size=2),
         16 * (DENSE // 8 + 3 * EXPERT // 4) + 2 * ROWS + 50 * 32,
     ),
+    "frozen weights are alone": (
+        _config(train={"global_batch_size": 8, "freeze": ["experts", "embedding", "head", "router"]}),
+        Layout(),
+        16 * (DENSE - 256 * 8) + 4 * (256 * 8 + 6 * EXPERT) + 2 * 4 * ROWS + 50 * 8 * 32,
+    ),
     "sharded inside groups of four": (
         _config(parallel={"micro_batch_size": 4, "data": "shard", "ep_size": 2, "shard_size": 4}),
         Layout(world_size=8, ep_size=2, shard_size=4),

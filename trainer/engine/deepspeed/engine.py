@@ -26,7 +26,7 @@ from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.errors import CheckpointError
 from trainer.models.gpt import GPT
-from trainer.optim.create import MOMENTS
+from trainer.optim.create import MOMENTS, set_rate
 from trainer.optim.registry import OptimConfig
 
 _MAX_BUCKET_SIZE = 500_000_000
@@ -52,7 +52,7 @@ class DeepSpeedEngine(StepEngine):
             stack.enter_context(single_process_group(mesh, self.device))
             with raise_together(mesh.world):  # DeepSpeed or a compiler may be missing on one host alone
                 deepspeed = load_deepspeed(self.device)
-                groups = parameter_groups(optim, self.learning, self.first_expert, mesh)
+                groups = parameter_groups(optim, self.learning, self.first_expert, self.rate_factors, mesh)
                 optimizer = build_optimizer(deepspeed, groups, optim, adam=adam, config=config, device=self.device)
             experts = [self.parameters[name] for name in self.first_expert]
             stack.enter_context(expert_markers(model, experts, mesh))
@@ -116,8 +116,9 @@ class DeepSpeedEngine(StepEngine):
             return next(iter(since.values()))
         late = max(since, key=lambda name: since[name])
         raise CheckpointError(
-            f"{late} began to learn at step {since[late]} and other weights earlier (train.freeze): DeepSpeed has one "
-            "step count for all weights of a group; use engine.kind native, or go on with the same train.freeze"
+            f"{late} has moments since step {since[late]} and other weights for longer (train.freeze, init_from): "
+            "DeepSpeed has one step count for all weights of a group; use engine.kind native, the same train.freeze or "
+            "init_from.parts: weights"
         )
 
     def close(self) -> None:
@@ -139,8 +140,7 @@ class DeepSpeedEngine(StepEngine):
         return square
 
     def _update(self, lr: float, grad_norm: float) -> None:
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        set_rate(self._zero.param_groups, lr)
         self._norm = grad_norm
         self._deepspeed.step()
 

@@ -10,25 +10,30 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.start import expert_group_name
 from trainer.errors import ConfigError, first_line
 from trainer.models.parameter_roles import is_decayed
-from trainer.optim.create import MOMENTS
+from trainer.optim.create import MOMENTS, RATE_FACTOR
 from trainer.optim.registry import OptimConfig
 
 
 def parameter_groups(
-    optim: OptimConfig, parameters: Mapping[str, nn.Parameter], experts: Collection[str], mesh: Mesh
+    optim: OptimConfig,
+    parameters: Mapping[str, nn.Parameter],
+    experts: Collection[str],
+    factors: Mapping[str, float],
+    mesh: Mesh,
 ) -> list[dict[str, Any]]:
     """Group parameters as DeepSpeed requires: experts separately, and every group named."""
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        members.setdefault((name in experts, is_decayed(name, parameter)), []).append(parameter)
+        members.setdefault((name in experts, is_decayed(name, parameter), factors[name]), []).append(parameter)
     return [
         {
             "params": group,
             "weight_decay": optim.weight_decay if decays else 0.0,
-            "name": expert_group_name(mesh) if is_expert else f"dense, {'decayed' if decays else 'not decayed'}",
+            "name": expert_group_name(mesh) if is_expert else f"dense, {decays=}, rate times {factor}",
             "moe": is_expert,
+            RATE_FACTOR: factor,
         }
-        for (is_expert, decays), group in members.items()
+        for (is_expert, decays, factor), group in members.items()
     ]
 
 
