@@ -5,6 +5,7 @@ import json
 import sys
 
 from trainer.commands.arguments import Subparsers, add_command, add_run, add_step, as_path, names, whole
+from trainer.commands.record_option import add_record, check_record_option
 from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.config.check_packages import check_packages
 from trainer.config.nodes import shown
@@ -24,6 +25,7 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--lm-eval", type=names, metavar="A,B", help="evaluate these tasks of lm-eval instead")
     what = "folder with more lm-eval tasks, as YAML files"
     sub.add_argument("--include-path", type=as_path, metavar="DIR", help=what)
+    add_record(sub)
     sub.add_argument("--limit", type=whole, metavar="N", help="examples per lm-eval task (all)")
 
 
@@ -41,6 +43,9 @@ def evaluate_command(options: argparse.Namespace) -> int:
             has = f"it has {', '.join(in_config)}" if in_config else "it has none"
             raise ConfigError(f"--tasks: {shown(name)} is not a task of the config (eval.tasks); {has}")
     _check_lm_eval(options)
+    if options.record is not None and (only or top_ks or options.lm_eval):
+        raise ConfigError("--record: records held-out text; leave out --tasks, --experts-per-token and --lm-eval")
+    check_record_option(options, config)
     if top_ks is not None:
         _check_top_ks(options, config.model.moe)
     if top_ks is None and options.lm_eval is None:
@@ -53,7 +58,9 @@ def evaluate_command(options: argparse.Namespace) -> int:
         if top_ks is not None:
             record = evaluate_top_ks(config, folder, top_ks, step=options.step, screen=screen)
         elif options.lm_eval is None:
-            record = evaluate_checkpoint(config, folder, step=options.step, only=only, screen=screen)
+            record = evaluate_checkpoint(
+                config, folder, step=options.step, only=only, screen=screen, record=options.record
+            )
         else:
             record = evaluate_by_lm_eval(
                 config,

@@ -3,6 +3,7 @@
 import argparse
 
 from trainer.commands.arguments import Subparsers, add_command, add_run, add_step
+from trainer.commands.record_option import add_record, check_record_option
 from trainer.commands.resolve import existing_run
 from trainer.commands.sampling_arguments import add_sampling, check_sampling, sampling_of
 
@@ -13,12 +14,14 @@ def add(subparsers: Subparsers) -> None:
     sub = add_step(add_run(add_command(subparsers, "generate", generate_command, example=example)))
     sub.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
     add_sampling(sub)
+    add_record(sub)
 
 
 def generate_command(options: argparse.Namespace) -> int:
     """Generate text with a run's newest checkpoint."""
     check_sampling(options, "generate")
     config, folder = existing_run(options)
+    check_record_option(options, config)
 
     from trainer.training.generate_text import generate_text
 
@@ -30,5 +33,6 @@ def generate_command(options: argparse.Namespace) -> int:
         sampling=sampling_of(options),
         seed=options.seed,
         step=options.step,
+        record=options.record,
     )
     return 0

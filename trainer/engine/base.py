@@ -101,6 +101,8 @@ class EvalSums:
     target_tokens: int
     routing: RoutingSums | None
     """Routing statistics of the target tokens."""
+    experts: Tensor | None = None
+    """(B, S, L, k) int32 experts of one batch's tokens, if requested; sums of several have none."""
 
     def __add__(self, other: "EvalSums") -> "EvalSums":
         """Add the sums of two disjoint sets of rows."""
@@ -150,10 +152,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:
+    def eval_loss(
+        self, batch: Batch, *, dropless: bool, top_k: int | None = None, return_experts: bool = False
+    ) -> EvalSums:
         """Evaluate a batch of this rank without gradients and noise; `dropless` ignores the capacity.
 
-        `top_k` overrides the experts per token of the config.
+        `top_k` overrides the experts per token of the config; `return_experts` needs a router with a fixed k.
         """
 
     @abstractmethod

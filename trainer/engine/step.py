@@ -216,11 +216,15 @@ class StepEngine(Engine):
             experts=step.experts,
         )
 
-    def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:
+    def eval_loss(
+        self, batch: Batch, *, dropless: bool, top_k: int | None = None, return_experts: bool = False
+    ) -> EvalSums:
         """Evaluate a batch without gradients and noise."""
         self.mesh.world.recorder.enter("evaluation batch")
         batch = batch.to(self.device)
-        options = RoutingOptions(dropless=dropless, top_k=top_k, counts_targets_only=True)
+        options = RoutingOptions(
+            dropless=dropless, top_k=top_k, counts_targets_only=True, return_experts=return_experts
+        )
         with torch.no_grad():
             output = self._forward(batch, options)
         routing = RoutingSums.of(output.moe)
@@ -228,7 +232,8 @@ class StepEngine(Engine):
         sums, *parts = all_reduce_packed([sums, *(routing.tensors() if routing else [])], self.mesh.world)
         routing = routing.with_tensors(parts) if routing else None
         loss_sum, target_tokens = sums.tolist()  # waits for the device
-        return EvalSums(loss_sum=loss_sum, target_tokens=int(target_tokens), routing=routing)
+        experts = experts_of(output.moe, batch.tokens.shape) if return_experts else None
+        return EvalSums(loss_sum=loss_sum, target_tokens=int(target_tokens), routing=routing, experts=experts)
 
     def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
         with self.autocast():

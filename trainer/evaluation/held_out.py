@@ -15,6 +15,8 @@ from trainer.distributed.rank_layout import Layout
 from trainer.engine.base import Engine, EvalSums
 from trainer.metrics.specialisation import specialisation_metrics
 from trainer.moe.capacity import capacity_causality
+from trainer.routing_record.record_batches import record_rows
+from trainer.routing_record.record_writer import RecordWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +90,14 @@ def evaluate_held_out(
     at_capacity: bool,
     layout: Layout,
     top_k: int | None = None,
+    record: RecordWriter | None = None,
 ) -> EvalResult:
     """Evaluate every domain's held-out text, each token at most once. Collective.
 
     Each rank evaluates its share of a batch, `batch_size` rows in a forward pass; all ranks get the sums of all. The
     token budget of a domain (None: the whole text) is spent on evenly spaced rows. `at_capacity` evaluates a second
     time with the capacity of training, if the model has one; `top_k` replaces the configured number of experts.
+    `record` gets this rank's rows with the experts of the first time.
     """
     moe, token_bytes = engine.model.config.moe, corpus.tokenizer.token_bytes()
 
@@ -109,7 +113,10 @@ def evaluate_held_out(
         ):
             target_bytes += int(token_bytes[batch.targets[batch.target_mask].numpy()].sum())
             local = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
-            batch_sums = engine.eval_loss(local, dropless=dropless, top_k=top_k)
+            returns = record is not None and dropless
+            batch_sums = engine.eval_loss(local, dropless=dropless, top_k=top_k, return_experts=returns)
+            if record is not None and batch_sums.experts is not None:
+                record_rows(record, local, batch_sums.experts)
             sums = batch_sums if sums is None else sums + batch_sums
         assert sums is not None, "every domain has validation text"
         return DomainResult(domain=corpus.domains[index], sums=sums, target_bytes=target_bytes)

@@ -1,15 +1,29 @@
 """Text generation, token by token, with a KV cache."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trainer.errors import NumericsError
 from trainer.models.gpt import GPT
+from trainer.models.kv_cache import KVCache
 from trainer.models.sampling import BrokenLogits, SamplingOptions
 
 _NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadTokens:
+    """Tokens that one cache has held, and their experts."""
+
+    tokens: list[int]
+    """The last one may have been written and not read."""
+    experts: Tensor
+    """(n, L, k) experts of the n tokens that were read."""
+    num_given: int
+    """Tokens that were not written here: the prompt, or what another cache has held before."""
 
 
 @torch.no_grad()
@@ -22,6 +36,7 @@ def generate(
     generator: torch.Generator,
     stop_token: int | None = None,
     agree: Callable[[int], int] = int,
+    read: list[ReadTokens] | None = None,
 ) -> Iterator[int]:
     """Yield new token ids until `max_new_tokens` or `stop_token` (which is not yielded).
 
@@ -29,7 +44,8 @@ def generate(
     prompt of a new cache.
 
     The prompt has at least one token; its last `seq_len` are used. The generator is on the CPU: the same seed gives the
-    same text. If experts are on several ranks, `agree` returns one token for all, given that of this rank.
+    same text. If experts are on several ranks, `agree` returns one token for all, given that of this rank. `read` gets
+    the tokens of each cache with their experts, from routers with a fixed k.
 
     Raises:
         NumericsError: if the model's logits are not finite.
@@ -38,26 +54,36 @@ def generate(
         raise ValueError("prompt: needs at least one token")
     device, seq_len = model.embedding.weight.device, model.config.seq_len
     window = list(prompt)[-seq_len:]
-    cache = model.new_cache(1, seq_len)
+    num_given, cache = len(window), model.new_cache(1, seq_len, keeps_experts=read is not None)
     logits = model.next_logits(torch.tensor([window], device=device), cache)
-    for number in range(max_new_tokens):
-        try:
-            token = int(options.sample(logits.cpu(), generator=generator))
-        except BrokenLogits:
-            token = _NO_TOKEN
-        token = agree(token)
-        if token == _NO_TOKEN:  # on all ranks, so that none waits for another
-            raise NumericsError(f"token {number}: the model's logits are not finite, so no token can be sampled")
-        if token == stop_token:
-            return
-        yield token
-        window.append(token)
-        if cache.longest == seq_len:
-            window = window[-max(1, seq_len // 2) :]
-            cache = model.new_cache(1, seq_len)
-            logits = model.next_logits(torch.tensor([window], device=device), cache)
-        else:
-            logits = model.next_logits(torch.tensor([[token]], device=device), cache)
+    try:
+        for number in range(max_new_tokens):
+            try:
+                token = int(options.sample(logits.cpu(), generator=generator))
+            except BrokenLogits:
+                token = _NO_TOKEN
+            token = agree(token)
+            if token == _NO_TOKEN:  # on all ranks, so that none waits for another
+                raise NumericsError(f"token {number}: the model's logits are not finite, so no token can be sampled")
+            window.append(token)
+            if token == stop_token:
+                return
+            yield token
+            if cache.longest == seq_len:
+                _note(read, window, cache, num_given)
+                window = window[-max(1, seq_len // 2) :]
+                num_given, cache = len(window), model.new_cache(1, seq_len, keeps_experts=read is not None)
+                logits = model.next_logits(torch.tensor([window], device=device), cache)
+            else:
+                logits = model.next_logits(torch.tensor([[token]], device=device), cache)
+    finally:
+        _note(read, window, cache, num_given)
+
+
+def _note(read: list[ReadTokens] | None, tokens: list[int], cache: KVCache, num_given: int) -> None:
+    if read is not None and cache.experts is not None:
+        experts = torch.cat(cache.experts, dim=1)[0].cpu()
+        read.append(ReadTokens(tokens=tokens, experts=experts, num_given=num_given))
 
 
 @torch.no_grad()

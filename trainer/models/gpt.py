@@ -20,7 +20,7 @@ from trainer.models.norm import RMSNorm
 from trainer.models.rotary_embedding import rotary_embedding
 from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext, RoutingOptions
-from trainer.moe.stats import MoEStats
+from trainer.moe.stats import MoEStats, experts_of
 from trainer.ops.attention_mask import AttentionMask, MaskForm, PreparedMask
 from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
@@ -139,8 +139,8 @@ class GPT(nn.Module):
         normed = self.norm(self._append(tokens, cache, num_new))
         return chunked_log_probs(normed, self._head_weight(), targets, self._head_chunks(normed))
 
-    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
-        """Return an empty cache for `capacity` tokens per row."""
+    def new_cache(self, num_rows: int, capacity: int, *, keeps_experts: bool = False) -> KVCache:
+        """Return an empty cache for `capacity` tokens per row; `keeps_experts` needs routers with a fixed k."""
         (num_heads, widths), weight = self.config.cache_shape, self.embedding.weight
         # Not by `new_zeros`: of a sharded weight it makes a sharded tensor.
         keys, values = (
@@ -153,6 +153,7 @@ class GPT(nn.Module):
             keys=keys,
             values=values,
             lengths=torch.zeros(num_rows, dtype=torch.int64, device=keys.device),
+            experts=[] if keeps_experts else None,
         )
 
     def moe_layers(self) -> list[MoE]:
@@ -170,10 +171,13 @@ class GPT(nn.Module):
             sequence_index=torch.arange(B, device=tokens.device).repeat_interleave(S),
             num_sequences=B,
             dropless=True,
+            return_experts=cache.experts is not None,
             is_incremental=True,
         )
         # A head dimension of size 1, since each row has its own positions.
-        hidden, _ = self._hidden(tokens, extension.positions[:, None], context, extension=extension)
+        hidden, moe = self._hidden(tokens, extension.positions[:, None], context, extension=extension)
+        if cache.experts is not None:
+            cache.experts.append(experts_of(moe, tokens.shape))
         cache.grow(num_new, at_most=S)
         return hidden
 

@@ -35,6 +35,8 @@ class KVCache:
     """(B,) int64 tokens per row."""
     longest: int = 0
     """Upper bound of `lengths`, known without waiting for the device."""
+    experts: list[Tensor] | None = None
+    """(B, S, L, k) experts of the tokens of each call that appended some; None: they are not kept."""
 
     @property
     def capacity(self) -> int:

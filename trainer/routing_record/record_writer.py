@@ -152,13 +152,6 @@ def finish_record(folder: Path, facts: RecordFacts) -> RecordManifest:
     return finished
 
 
-def new_record_folder(folder: Path) -> Path:
-    """Return a folder for a new record; raise DataError if it has files already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{shown_path(folder)}: is not empty, and a record has a folder of its own; name another one")
-    return folder
-
-
 def keep_recorded_steps(folder: Path, *, up_to: int) -> None:
     """Remove from a folder what was recorded after `up_to` completed steps, which a resumed run records again.
 

@@ -26,10 +26,12 @@ from trainer.experiment import ExperimentConfig
 from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning
 from trainer.packages import importing
+from trainer.routing_record.record_writer import RecordWriter, finish_record
 from trainer.terminal import print_safe
 from trainer.training import memory
 from trainer.training.experts_picture import write_experts_picture
 from trainer.training.load_trained import load_trained
+from trainer.training.routing_recorder import facts_of
 from trainer.training.run_text import corpus_of_run
 
 
@@ -41,28 +43,45 @@ def evaluate_run(
     mesh: Mesh,
     *,
     with_held_out: bool = True,
+    record: RecordWriter | None = None,
 ) -> EvalReport:
-    """Evaluate held-out text, with the options of the `eval` section, and tasks. Collective."""
-    held_out = _held_out(config, engine, corpus, mesh.layout) if with_held_out else None
+    """Evaluate held-out text, with the options of the `eval` section, and tasks. Collective.
+
+    `record` gets the experts of this rank's rows of held-out text.
+    """
+    held_out = _held_out(config, engine, corpus, mesh.layout, record=record) if with_held_out else None
     context = _context(config, engine, mesh)
     return EvalReport(held_out=held_out, tasks=[task.evaluate(context) for task in tasks])
 
 
 def evaluate_checkpoint(
-    config: ExperimentConfig, folder: RunFolder, *, step: int | None, only: Sequence[str] | None, screen: TextIO
+    config: ExperimentConfig,
+    folder: RunFolder,
+    *,
+    step: int | None,
+    only: Sequence[str] | None,
+    screen: TextIO,
+    record: Path | None = None,
 ) -> dict[str, float | str]:
     """Evaluate a checkpoint, the newest without a `step`; show and return the metrics.
 
     The run folder gets predictions and the picture of the experts. With `only`, these tasks and no held-out text are
-    evaluated.
+    evaluated. `record` is a new folder for the experts of held-out text.
     """
     console = Console(file=sys.stderr)
     engine, corpus, checkpoint = _with_text(config, folder, step, console)
     selected = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
     tasks = load_tasks(selected, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
+    facts = writer = None
+    if record is not None:
+        facts = facts_of(config, corpus.tokenizer, origin="eval", step=checkpoint.step, domains=corpus.domains)
+        writer = RecordWriter(record, facts.model, vocab_size=facts.vocab_size)
     with memory.hint(config, "evaluating the model"):
-        evaluation = evaluate_run(config, engine, corpus, tasks, alone, with_held_out=only is None)
+        evaluation = evaluate_run(config, engine, corpus, tasks, alone, with_held_out=only is None, record=writer)
+    if record is not None and facts is not None and writer is not None:
+        writer.flush()
+        finish_record(record, facts)
     layers, title = engine.model.config.moe_layers, f"{config.name} at step {checkpoint.step}"
     summary = summarize_evaluation(evaluation, corpus, layers, title=title)
     written = _write_files(folder, evaluation, summary, step=checkpoint.step, warn=console.warning)
@@ -132,7 +151,13 @@ def _with_text(
 
 
 def _held_out(
-    config: ExperimentConfig, engine: Engine, corpus: Corpus, layout: Layout, *, top_k: int | None = None
+    config: ExperimentConfig,
+    engine: Engine,
+    corpus: Corpus,
+    layout: Layout,
+    *,
+    top_k: int | None = None,
+    record: RecordWriter | None = None,
 ) -> EvalResult:
     """Evaluate held-out text with the options of the `eval` section; with another `top_k` without capacity."""
     return evaluate_held_out(
@@ -144,6 +169,7 @@ def _held_out(
         at_capacity=config.eval.at_capacity and top_k is None,
         layout=layout,
         top_k=top_k,
+        record=record,
     )
 
 

@@ -4,6 +4,7 @@ import codecs
 import io
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,11 +15,13 @@ from trainer.data.corpus import Corpus
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import NumericsError
 from trainer.experiment import ExperimentConfig
-from trainer.models.generation import generate
+from trainer.models.generation import ReadTokens, generate
 from trainer.models.sampling import SamplingOptions
 from trainer.moe.causality import evaluation_warning
+from trainer.routing_record.record_writer import RecordWriter, finish_record
 from trainer.terminal import visible
 from trainer.training.load_trained import load_trained
+from trainer.training.routing_recorder import facts_of, sequence_of
 from trainer.training.run import RunState
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
@@ -44,11 +47,14 @@ def generate_text(
     sampling: SamplingOptions,
     seed: int,
     step: int | None,
+    record: Path | None = None,
 ) -> None:
     """Generate a text with a run's checkpoint, the newest without a `step`, and stream it to standard output.
 
-    An empty prompt is the start of a document. The same seed gives the same text.
+    An empty prompt is the start of a document. The same seed gives the same text. `record` is a new folder for the
+    tokens and their experts.
     """
+    read = None if record is None else list[ReadTokens]()
     console = Console(file=sys.stderr)
     engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     if warning := evaluation_warning(engine.model.moe_layers()):
@@ -63,6 +69,7 @@ def generate_text(
         options=sampling,
         generator=torch.Generator().manual_seed(seed),
         stop_token=tokenizer.end_of_document,
+        read=read,
     )
     # A terminal shows control characters instead of obeying them; a file or pipe gets the text unchanged.
     escape = visible if sys.stdout.isatty() else str
@@ -76,6 +83,13 @@ def generate_text(
         raise NumericsError(f"{checkpoint.path}: {error}; use the checkpoint of another step (--step)") from None
     finally:
         print(escape(decoder.decode(b"", final=True)))
+    if record is not None and read is not None:
+        facts = facts_of(config, tokenizer, origin="generate", step=checkpoint.step)
+        writer = RecordWriter(record, facts.model, vocab_size=facts.vocab_size)
+        for number, part in enumerate(read):
+            writer.add(sequence_of(part, number))
+        writer.flush()
+        finish_record(record, facts)
 
 
 def sample_held_out(run: RunState) -> Sample:

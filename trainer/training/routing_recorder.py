@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.batches.batch import Batch
 from trainer.data.corpus import Corpus
+from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
+from trainer.models.generation import ReadTokens
 from trainer.routing_record.record_batches import record_rows
-from trainer.routing_record.record_manifest import ModelFacts, RecordFacts, TrainedRows
+from trainer.routing_record.record_manifest import ModelFacts, Origin, RecordFacts, TrainedRows
 from trainer.routing_record.record_reader import RoutingRecord
-from trainer.routing_record.record_writer import RecordWriter, finish_record, keep_recorded_steps
+from trainer.routing_record.record_writer import RecordWriter, RoutedSequence, finish_record, keep_recorded_steps
 from trainer.routing_record.replayed_rows import ReplayedRows, check_same_model
 from trainer.routing_record.sequence_rows import RecordedSequences
 
@@ -35,15 +38,8 @@ class RoutingRecorder:
         if section is None:
             return None
         path = folder.routing_record if section.path is None else Path(section.path)
-        facts = RecordFacts(
-            origin="train",
-            made_by=config.name,
-            model=ModelFacts.of(config.model),
-            vocab_size=corpus.tokenizer.vocab_size,
-            tokenizer_fingerprint=corpus.tokenizer.fingerprint,
-            rows=trained_rows(config, corpus),
-            domains=list(corpus.domains),
-        )
+        facts = facts_of(config, corpus.tokenizer, origin="train", domains=corpus.domains)
+        facts = facts.model_copy(update={"rows": trained_rows(config, corpus)})
         return cls(path, facts, mesh, every=section.every)
 
     def begin(self, start_step: int) -> None:
@@ -111,4 +107,33 @@ def trained_rows(config: ExperimentConfig, corpus: Corpus) -> TrainedRows:
         packing=config.data.packing,
         data_fingerprint=corpus.fingerprint,
         every=1 if section is None else section.every,
+    )
+
+
+def facts_of(
+    config: ExperimentConfig,
+    tokenizer: Tokenizer,
+    *,
+    origin: Origin,
+    step: int | None = None,
+    domains: Sequence[str] = (),
+) -> RecordFacts:
+    """Return the facts of a record of a run's model, at a step if it is trained."""
+    return RecordFacts(
+        origin=origin,
+        made_by=config.name if step is None else f"{config.name} at step {step}",
+        model=ModelFacts.of(config.model),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        domains=list(domains),
+    )
+
+
+def sequence_of(read: ReadTokens, number: int) -> RoutedSequence:
+    """Return tokens that were generated, and read, as a sequence; those that were written here are learned."""
+    return RoutedSequence(
+        tokens=np.array(read.tokens, np.int64),
+        experts=read.experts.numpy(),
+        is_learned=np.arange(len(read.tokens)) >= read.num_given,
+        sample_id=number,
     )
