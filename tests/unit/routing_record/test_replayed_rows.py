@@ -71,9 +71,7 @@ def test_a_row_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_record_without_rows_is_refused(tmp_path: Path) -> None:
     record = _record(tmp_path, facts=FACTS.model_copy(update={"origin": "engine", "rows": None}))
-    with pytest.raises(
-        DataError, match="was recorded by engine, not by training, .* use train.routing_replay.rows: seq"
-    ):
+    with pytest.raises(DataError, match=r"was recorded by engine, .*; use train\.routing_replay\.rows: sequences"):
         ReplayedRows(record, ROWS)
 
 
@@ -85,7 +83,8 @@ def test_a_record_without_rows_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_another_tokenizer_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    record, same = _record(tmp_path), {"tokenizer": "byte", "vocab_size": 32}
+    same: dict[str, Any] = {"tokenizer": "byte", "vocab_size": 32}
+    record = _record(tmp_path)
     check_same_model(record, MODEL, **same)
     with pytest.raises(DataError, match=message):
         check_same_model(record, MODEL, **same | changes)
