@@ -90,8 +90,8 @@ FAULTS = [
     in_package(
         "a stop token is written",
         "models/generation.py",
-        "            return\n        yield token\n",
-        "            pass\n        yield token\n",
+        "                return\n            yield token\n",
+        "                pass\n            yield token\n",
         "models/test_generation.py",
     ),
     in_package(

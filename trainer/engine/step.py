@@ -222,9 +222,8 @@ class StepEngine(Engine):
         """Evaluate a batch without gradients and noise."""
         self.mesh.world.recorder.enter("evaluation batch")
         batch = batch.to(self.device)
-        options = RoutingOptions(
-            dropless=dropless, top_k=top_k, counts_targets_only=True, return_experts=return_experts
-        )
+        options = RoutingOptions(dropless=dropless, top_k=top_k, counts_targets_only=True)
+        options = replace(options, return_experts=return_experts)
         with torch.no_grad():
             output = self._forward(batch, options)
         routing = RoutingSums.of(output.moe)
