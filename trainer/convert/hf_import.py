@@ -117,6 +117,7 @@ def _write_weights(plan: ImportPlan, run: RunFolder) -> CheckpointRows:
         data_fingerprint=None,  # it may read any text
         tokenizer_fingerprint=plan.tokenizer.fingerprint,
     )
+    run.write(run.run_id, f"{record['id']}\n")
     record["imported"] = {
         "family": plan.foreign.family.name,
         "dtype": str(widest).removeprefix("torch."),

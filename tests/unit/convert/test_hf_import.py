@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from tests.checkpoint_helpers import load
 from tests.foreign_models import FAMILIES, make_foreign, save_foreign
+from trainer.checkpoint.ancestors import ancestors
+from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.tools.verify import verify_checkpoint
@@ -134,6 +136,16 @@ def test_rows_of_a_written_config_are_no_longer_than_a_machine_can_train() -> No
     config = _recorded(_import("mixtral", max_position_embeddings=100_000))
     assert config.model.seq_len == 4096
     assert config.model.moe is not None and config.model.moe.z_loss_coef == 0
+
+
+def test_a_branch_of_an_imported_run_knows_the_published_model() -> None:
+    first = _import("qwen3_moe")
+    branch = Branch(parent=RunFolder(first.run), step=None, name="tuned", config="")
+    branch.make(Path("runs/tuned"))
+    assert [one.text for one in ancestors(RunFolder(Path("runs/tuned")))] == [
+        f"{first.run.name} at step 0 (branch)",
+        "theirs, qwen3_moe (import)",
+    ]
 
 
 def test_the_small_files_are_kept_as_they_were() -> None:
