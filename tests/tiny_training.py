@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands.init_from_parent import find_first_weights
 from trainer.config.loader import load
 from trainer.console.console import Console
 from trainer.distributed.mesh import Mesh
@@ -44,11 +45,14 @@ def config_of(folder: Path, *overrides: str) -> ExperimentConfig:
 def train_here(config: ExperimentConfig, mesh: Mesh | None = None) -> str:
     """Train, or resume, a run to its end on this rank; return what was on its screen."""
     folder, screen = RunFolder(Path(config.runs_dir) / config.name), io.StringIO()
-    mesh = mesh or Mesh.of_one()
+    mesh, first = mesh or Mesh.of_one(), find_first_weights(config, folder)
     with StopRequest() as stop, closing(Console(config.train.steps, file=screen)) as console:
-        run = build_run(config, folder, console, mesh, torch.device("cpu"))
+        if first is not None and mesh.layout.rank == 0:
+            first.verify(warn=console.warning)
+        run = build_run(config, folder, console, mesh, torch.device("cpu"), first_weights=first)
         fit(run, stop, StatusFile(folder.status, rank=mesh.layout.rank))
         run.saver.close()
+        run.engine.close()
     return screen.getvalue()
 
 

@@ -2,8 +2,8 @@
 
     python -m scripts.recipes NAME [OUT]
 
-NAME is translation, sentiment, summarization, recommendation or search. OUT (data/small/NAME) gets train.jsonl and
-test.jsonl, which share no row, and the other files that the recipe reads.
+NAME is translation, sentiment, summarization, recommendation, search, or chat, for configs/stages/chat.yaml. OUT
+(data/small/NAME) gets train.jsonl and test.jsonl, which share no row, and the other files that the recipe reads.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from scripts.recipes import recommendation, search, sentiment, summarization, translation
+from scripts.recipes import chat, recommendation, search, sentiment, summarization, translation
 
 RECIPES = {
     "translation": translation.files,
@@ -19,6 +19,7 @@ RECIPES = {
     "summarization": summarization.files,
     "recommendation": recommendation.files,
     "search": search.files,
+    "chat": chat.files,
 }
 """Function per recipe that draws its files: records or lines of text by file name."""
 SEED = 20261123

@@ -35,7 +35,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def local_files(config: ExperimentConfig) -> list[str]:
     """Return the paths that a config reads from this machine."""
     rows = [*config.data.sources, *(task.rows for task in config.eval.tasks)]
-    given = [getattr(one, "path", None) for one in rows if one.kind in ("text", "jsonl")]
+    given = [getattr(one, "path", None) for one in rows if one.kind in ("text", "jsonl", "chat")]
     given += [getattr(task, "candidates_file", None) for task in config.eval.tasks]
     return [path for one in given if one is not None for path in ([one] if isinstance(one, str) else one)]
 
