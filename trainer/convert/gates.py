@@ -111,7 +111,8 @@ def tokenizer_gate(folder: Path, model: ExportedModel, texts: Iterable[str]) -> 
         raise GateError(f"the tokenizer ends a document with {theirs.eos_token_id}, ours with {ours.end_of_document}")
     if max(theirs.get_vocab().values()) >= model.vocab_size:
         raise GateError(f"the tokenizer has more ids than the {model.vocab_size} rows of the embedding")
-    left_out, is_own = [*theirs.all_special_tokens, "\u2581"], model.family.has_own_splitting
+    left_out = [*theirs.all_special_tokens, *ours.special_tokens(), "\u2581"]
+    is_own = model.family.has_own_splitting
     for text in texts:
         if any(token in text for token in left_out) or (is_own and not is_normalized("NFC", text)):
             continue

@@ -43,9 +43,11 @@ def write_small_files(folder: Path, model: ExportedModel, chat: ChatEncoder | No
         options["unk_token"] = end
     if chat is not None:  # older readers want the template here, newer ones in a file
         template = chat.template
-        if "bos_token" in template.text and "bos_token" not in template.special_tokens:
-            del options["bos_token"]  # in training the template wrote none
-        options |= template.special_tokens | {"chat_template": template.text}
+        options |= template.special_tokens | {"eos_token": end}
+        for name in ("bos_token", "eos_token"):
+            if name in template.text and options[name] != template.special_tokens.get(name):
+                template = template.with_own(name)
+        options["chat_template"] = template.text
         (folder / TEMPLATE).write_text(template.text, encoding="utf-8")
     _write_json(folder / OPTIONS, options)
     for name, text in files.items():

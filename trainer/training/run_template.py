@@ -96,11 +96,11 @@ def chat_encoder(config: ExperimentConfig, template: ChatTemplate, tokenizer: To
 
 
 def _given(config: ExperimentConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the template that the config names; None if its file is gone."""
+    """Return the template in the file that the config names; None if it is gone, or ours."""
     section, beside = config.data.chat_template, folder_of(config.data.tokenizer)
     if section.path is not None and not Path(section.path).exists():
         return None
-    if section.path is None and section.builtin is None and beside is not None and template_in(beside) is None:
+    if section.path is None and (section.builtin is not None or beside is None or template_in(beside) is None):
         return None
     return find_template(section, config.data.tokenizer, tokenizer)
 

@@ -12,6 +12,7 @@ from trainer.evaluation.run_summary import summarize_evaluation
 from trainer.metrics.records import loss_curve
 from trainer.training.generate_text import Sample
 from trainer.training.run import RunState
+from trainer.training.run_template import trains_on_chats
 
 Line = str | tuple[str, str]
 """A heading, or a label with its text."""
@@ -52,6 +53,13 @@ def header(run: RunState) -> list[Line]:
     return [*lines, ("folder", str(run.folder.path))]
 
 
+def _next_command(run: RunState) -> tuple[str, str]:
+    """Return what to do with the model, and the command that does it."""
+    if trains_on_chats(run.config):
+        return "answers", f"python -m trainer chat {run.folder.path}"
+    return "more text", f"python -m trainer generate {run.folder.path}"
+
+
 def text_size(num_bytes: int) -> str:
     """Format the size of a domain's text: 12.3 MB; 45.2 kB below one megabyte."""
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1_000_000 else formatting.size(num_bytes)
@@ -78,6 +86,6 @@ def final_summary(run: RunState, evaluation: EvalReport, sample: Sample, *, elap
             ("checkpoint", str(run.saver.folder.of_step(steps))),
             *run.trackers.written(),
             *((label, str(path)) for label, path in optional if path.is_dir()),
-            ("more text", f"python -m trainer generate {run.folder.path}"),
+            _next_command(run),
         ],
     )

@@ -1,20 +1,16 @@
-"""A conversation: its answers, what it forgets, and equality with transformers."""
+"""A conversation: its answers, and what it forgets."""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.exported_runs import make_run
-from trainer.convert.hf_export import ExportOptions, export
 from trainer.data.chat.chat_template import ChatRefused
 from trainer.data.chat.config import ChatTemplateConfig
 from trainer.data.chat.find_template import find_template, template_files
 from trainer.data.tokenizers.byte import ByteTokenizer
-from trainer.families.registry import FAMILIES
 from trainer.models.sampling import SamplingOptions
 from trainer.training.chat_session import AnswerOptions, ChatSession, TooLong
 from trainer.training.load_trained import load_trained
@@ -28,7 +24,6 @@ MODEL = {
     "seq_len": 96,
     "moe": {"num_experts": 4, "router": {"kind": "top_k", "top_k": 2}},
 }
-SAID = ("Hello", "\u00e9t\u00e9 \u6642", "What <|end|> then?")
 Start = Callable[..., ChatSession]
 
 
@@ -58,27 +53,6 @@ def start(run: tuple[Any, Any]) -> Start:
         return ChatSession(engine.model, chat_encoder(config, template, tokenizer), answers, system=system)
 
     return begin
-
-
-def test_greedy_answers_are_those_of_transformers(run: tuple[Any, Any], start: Start, tmp_path: Path) -> None:
-    """Three turns, the history among them, on the exported model with the exported template."""
-    transformers = pytest.importorskip("transformers")
-    config, folder = run
-    export(config, folder, tmp_path / "out", ExportOptions(family=FAMILIES["mixtral"], gate="tensors"), warn=print)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert model.generation_config.eos_token_id == [0xFF, 0xFE]
-    session = start(system="Be terse.")
-    messages = [{"role": "system", "content": "Be terse."}]
-    for said in SAID[:2]:
-        messages.append({"role": "user", "content": said})
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
-        theirs = [token for token in ids[0, prompt.shape[1] :].tolist() if token < 0xF8]
-        answer = "".join(session.answer(said))
-        assert answer == bytes(theirs).decode(errors="replace")
-        messages.append({"role": "assistant", "content": answer})
-    assert session.messages() == messages
 
 
 def test_only_new_tokens_are_computed_in_each_turn(start: Start) -> None:

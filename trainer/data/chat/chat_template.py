@@ -90,10 +90,12 @@ class ChatTemplate:
 
     def after(self, beginning: str) -> "ChatTemplate":
         """Return the template that writes `beginning` before what this one writes."""
-        # White space before a block is not written at the beginning of a line, which is elsewhere then.
-        text = self.text.lstrip(" \t") if _INDENTED.match(self.text) else self.text
-        text = f"{{{{- {json.dumps(beginning, ensure_ascii=False)} }}}}{text}"
-        return _restored(text, self.special_tokens, self.name, self.today)
+        return self._behind(f"{{{{- {json.dumps(beginning, ensure_ascii=False)} }}}}")
+
+    def with_own(self, name: str) -> "ChatTemplate":
+        """Return the template that writes its special token `name` whatever a tokenizer says."""
+        token = self.special_tokens.get(name, "")
+        return self._behind(f"{{%- set {name} = {json.dumps(token, ensure_ascii=False)} +%}}")
 
     def render(
         self,
@@ -169,6 +171,11 @@ class ChatTemplate:
                 line = single_line(f"{self.name}: cannot be compiled ({first_line(error)})")
                 raise ChatTemplateError(f"{line}; correct the template") from None
         return self._compiled
+
+    def _behind(self, code: str) -> "ChatTemplate":
+        # White space before a block is not written at the beginning of a line, which is elsewhere then.
+        text = self.text.lstrip(" \t") if _INDENTED.match(self.text) else self.text
+        return _restored(f"{code}{text}", self.special_tokens, self.name, self.today)
 
     def _strftime_now(self, form: str) -> str:
         if self.today is None:

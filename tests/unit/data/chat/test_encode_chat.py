@@ -208,6 +208,10 @@ def test_encoders_can_be_sent_to_workers(written: Path):
 def test_a_template_for_servers_writes_a_beginning_first(style: Style, written: Path):
     encoder = encoder_of(written / style.name)
     indented = replace(encoder, template=ChatTemplate("  {% if true %}a{% endif %}\n b\n", name="t"))
+    own = replace(encoder, template=encoder.template.with_own("eos_token"))
+    own.template.special_tokens["eos_token"] = "another"
+    for messages, tools in conversations():
+        assert own.template.render(messages, tools) == encoder.template.render(messages, tools)
     for one in (encoder, indented):
         served = replace(one, template=one.template.after("'\"<|endoftext|>\\"))
         for messages, tools in conversations()[:6]:
