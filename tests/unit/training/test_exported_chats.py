@@ -14,13 +14,12 @@ from trainer.config.loader import load
 from trainer.convert.hf_export import ExportOptions, export
 from trainer.data.corpus import build_corpus
 from trainer.data.tokenizers.file import read_tokenizer
-from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
 from trainer.families.registry import FAMILIES
 from trainer.models.sampling import SamplingOptions
 from trainer.training.chat_session import AnswerOptions, ChatSession
 from trainer.training.load_trained import load_trained
-from trainer.training.run_template import chat_encoder, kept_template, training_template
+from trainer.training.run_template import chat_encoder, kept_template
 
 MESSAGES = [
     {"role": "system", "content": ""},
@@ -89,15 +88,3 @@ def test_a_run_speaks_as_it_was_trained_wherever_it_is(config: ExperimentConfig,
         assert "".join(session.answer(question)) == answer
         said.append({"role": "assistant", "content": answer})
     assert session.messages() == said
-
-    # It goes on without the file that the template came from, and not with another one.
-    assert training_template(config, folder, tokenizer) is not None
-    given = Path("theirs/chat_template.jinja")
-    given.write_text(given.read_text() + "\n")
-    with pytest.raises(
-        CheckpointError, match=r"is the chat template of this run, and theirs/.* is another one; restore"
-    ):
-        training_template(config, folder, tokenizer)
-    given.unlink()
-    kept = training_template(config, folder, tokenizer)
-    assert kept is not None and kept.fingerprint == template.fingerprint
