@@ -29,6 +29,7 @@ import pytest
 
 from tests.planted import (
     accounting,
+    adapters,
     chats,
     checkpoints,
     conversions,
@@ -57,6 +58,7 @@ _TOPICS = (
     noise,
     accounting,
     experts,
+    adapters,
     chats,
     data_order,
     steps,

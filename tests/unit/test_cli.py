@@ -26,7 +26,7 @@ COMMANDS = {command.prog: command for command in commands(command_line())}
 
 def test_there_are_all_commands() -> None:
     assert {"turnout train", "turnout eval", "turnout generate", "turnout checkpoint prune"} <= COMMANDS.keys()
-    assert len(COMMANDS) == 35
+    assert len(COMMANDS) == 36
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -22,6 +22,7 @@ from trainer.config.nodes import shown
 from trainer.convert.surgery_plan import (
     AddExperts,
     AverageRuns,
+    MergeAdapters,
     MergeExperts,
     Named,
     PruneExperts,
@@ -33,6 +34,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.terminal import print_safe
 
+_ALLOW_CHANGE = "write the run although it computes something else than before"
 _EXPERTS = "experts by number, of all layers (3,5) or by layer (0:3,5/1:2,7)"
 
 
@@ -53,8 +55,7 @@ def add(subparsers: Subparsers) -> None:
     sub = _add_verb(subcommands, "split", split_experts_command, "finer --halves")
     sub.add_argument("--halves", action="store_true", help="halves of the hidden units instead of copies")
     sub.add_argument("--experts", type=_named, metavar="LIST", help=f"copy only these: {_EXPERTS}")
-    what = "write the run although it computes something else than before"
-    sub.add_argument("--allow-change", action="store_true", help=what)
+    sub.add_argument("--allow-change", action="store_true", help=_ALLOW_CHANGE)
 
     sub = _add_verb(subcommands, "add", add_experts_command, "larger --count 2 --noise 0.2")
     sub.add_argument("--count", type=whole, metavar="N", help="copy the N experts that the text uses most")
@@ -75,6 +76,10 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--weights", type=_weights, metavar="X,Y", help="weight of each checkpoint (equal)")
     what = "exponential moving average with this decay over the checkpoints, the newest last"
     sub.add_argument("--ema", type=fraction, metavar="D", help=what)
+
+    sub = _add_verb(subcommands, "merge-lora", merge_lora_command, "merged", has_text=False)
+    add_step(sub)
+    sub.add_argument("--allow-change", action="store_true", help=_ALLOW_CHANGE)
 
 
 def prune_experts_command(options: argparse.Namespace) -> int:
@@ -123,6 +128,11 @@ def average_runs_command(options: argparse.Namespace) -> int:
     surgery = AverageRuns(weights=options.weights or (), ema=options.ema)
     surgery.shares(len(runs))
     return _write(options, config, runs, surgery)
+
+
+def merge_lora_command(options: argparse.Namespace) -> int:
+    """Start a run from another one with its adapters merged into the weights: it computes the same."""
+    return _operate(options, MergeAdapters(), allow_change=options.allow_change)
 
 
 def _operate(options: argparse.Namespace, surgery: Surgery, *, allow_change: bool = False) -> int:

@@ -12,6 +12,7 @@ from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.convert.compare_tensors import CheckpointRows
 from trainer.convert.link_tensors import to_theirs
 from trainer.convert.linked_weights import parts_of, region
+from trainer.convert.merge_adapters import merged_weight
 from trainer.families.link import Link
 from trainer.models.parameter_roles import factor_names, is_adapter
 
@@ -71,5 +72,4 @@ class CheckpointWeights:
         a_name, b_name = (WEIGHT + factor for factor in self.adapters[name])
         # Experts have factors of their own, the rows of a matrix one A.
         a_rows = (first, last) if rows.dim() == 3 else (0, self._rows.manifest.tensors[a_name].shape[0])
-        a, b = self._rows.read(a_name, *a_rows).double(), self._rows.read(b_name, first, last).double()
-        return (rows.double() + self._scale * (b @ a)).to(rows.dtype)
+        return merged_weight(rows, self._rows.read(a_name, *a_rows), self._rows.read(b_name, first, last), self._scale)

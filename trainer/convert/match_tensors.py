@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from trainer.checkpoint.init_from import InitFromConfig
 from trainer.errors import ConfigError
 from trainer.models.parameter_patterns import kinds_of, matches, selected
+from trainer.models.parameter_roles import is_adapter
 
 _HEAD, _EMBEDDING = "head.weight", "embedding.weight"
 
@@ -42,9 +43,15 @@ def match_tensors(
             raise ConfigError(
                 f"init_from: {where} has {source}"
                 + ("" if name == source else f", here {name},")
-                + f" and this model has no place for it; leave it out by init_from.exclude: [{source}]"
+                + f" and this model has no place for it; {_remedy(source)}"
             )
     return found
+
+
+def _remedy(source: str) -> str:
+    if is_adapter(source):
+        return "take a run with its adapters merged (surgery merge-lora RUN NAME), or set model.lora as there"
+    return f"leave it out by init_from.exclude: [{source}]"
 
 
 def _places(init: InitFromConfig, theirs: Iterable[str], where: str) -> dict[str, str]:

@@ -152,6 +152,7 @@ class AverageRuns:
 
     def overrides(self, model: ModelConfig) -> list[str]:
         """Return no keys: the model stays the same."""
+        _refuse_adapters(model, "average")
         return []
 
     def shares(self, count: int) -> list[float]:
@@ -164,10 +165,32 @@ class AverageRuns:
         return [weight / sum(given) for weight in given]
 
 
-Surgery = PruneExperts | MergeExperts | SplitExperts | AddExperts | ToDense | AverageRuns
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeAdapters:
+    """Add each adapter to its weight: W becomes W + s B A, and everything learns."""
+
+    verb: ClassVar[str] = "merge-lora"
+
+    def overrides(self, model: ModelConfig) -> list[str]:
+        """Return the keys that change, as overrides."""
+        if model.lora is None:
+            raise ConfigError("surgery merge-lora: the run has no adapters (model.lora: null); name another one")
+        return ["model.lora=null"]
+
+
+Surgery = PruneExperts | MergeExperts | SplitExperts | AddExperts | ToDense | AverageRuns | MergeAdapters
+
+
+def _refuse_adapters(model: ModelConfig, verb: str) -> None:
+    if model.lora is not None:
+        raise ConfigError(
+            f"surgery {verb}: the run has adapters (model.lora); merge them into its weights first, by "
+            "surgery merge-lora RUN NAME"
+        )
 
 
 def _experts_of(model: ModelConfig, verb: str) -> MoEConfig:
+    _refuse_adapters(model, verb)
     if model.moe is None:
         raise ConfigError(f"surgery {verb}: the run is dense, and has no experts; name another one")
     return model.moe

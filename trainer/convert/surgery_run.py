@@ -13,10 +13,12 @@ from trainer.convert.changed_run import ChangedRun, open_text, write_changed
 from trainer.convert.first_record import check_is_new
 from trainer.convert.layer_traces import trace_layers, training_text
 from trainer.convert.loaded_run import WeightSource, load_weights, new_engine
+from trainer.convert.merge_adapters import merge_adapters
 from trainer.convert.preservation import held_out_batches, logit_difference
-from trainer.convert.surgery_plan import AverageRuns, SplitExperts, Surgery
+from trainer.convert.surgery_plan import AverageRuns, MergeAdapters, SplitExperts, Surgery
 from trainer.experiment import ExperimentConfig
 
+_ROUNDED = "sums of weights and adapters were rounded more than that"
 _TOGETHER = "the two take more than one of a token's top_k places, or more of the sum of its scores"
 
 
@@ -55,13 +57,16 @@ def operate(
         engine = new_engine(config, run.tokenizer, console.warning)
         if isinstance(surgery, AverageRuns):
             notes = average_weights(sources, engine.model, surgery.shares(len(sources)))
+        elif isinstance(surgery, MergeAdapters):
+            notes = merge_adapters(run.model, engine.model)
         else:
             traces = trace_layers(run.model, training_text(config, corpus, num_tokens))
             by_layer = dict(zip(old_config.model.moe_layers, traces, strict=True))
             notes = change_experts(run.model, engine.model, surgery, by_layer, seed=config.seed)
-        if isinstance(surgery, SplitExperts):
+        if isinstance(surgery, SplitExperts | MergeAdapters):
             difference = logit_difference(run.model, engine.model, held_out_batches(config, corpus))
-            notes = [*notes, difference.check(config.name, _TOGETHER, is_allowed=allow_change)]
+            reason = _TOGETHER if isinstance(surgery, SplitExperts) else _ROUNDED
+            notes = [*notes, difference.check(config.name, reason, is_allowed=allow_change)]
         parents = [newest, *(source for source in sources if source is not newest)]
         made_from = {"command": f"surgery {surgery.verb}", "options": asdict(surgery), "tokens": num_tokens}
         return write_changed(
