@@ -77,7 +77,10 @@ def frozen_router_warning(model: GPT) -> str | None:
     does = "changes the weights below them instead"
     if not any(model.get_parameter(name).requires_grad for name in names[:last]):
         does = "reaches nothing that learns"
+    key, more = (
+        ("train.freeze", "") if model.config.lora is None else ("model.lora", ", or model.lora.trains: [router]")
+    )
     return (
-        f"train.freeze: every router is frozen, and {' and '.join(terms)} {does}; set the coefficients to 0 in "
-        "model.moe if that is not meant"
+        f"{key}: every router is frozen, and {' and '.join(terms)} {does}; set the coefficients to 0 in "
+        f"model.moe{more} if that is not meant"
     )
