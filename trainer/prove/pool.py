@@ -20,8 +20,8 @@ from trainer.distributed.interface import use_loopback
 from trainer.errors import TurnoutError
 
 _GRACE_S = 5.0
-PRELOAD = ("trainer.prove.run_case", "torch.distributed.fsdp")
-"""Imported once, by the server process that all ranks are forked from. The second one is for sharded weights."""
+PRELOAD = ("trainer.prove.run_case", "torch.distributed.fsdp", "torch._dynamo")
+"""Imported once, by the server process that all ranks are forked from. The others are for sharded weights."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOAD])
 
