@@ -187,7 +187,7 @@ FAULTS = [
     _fault(
         "rows get no gradient through a low-rank addition of the fused kernel",
         "trainer/ops/fused_ffn.py",
-        "        out += self._product(v, low.a[e])\n",
+        "        out += self._product(v, low.a[e].T)\n",
         "",
         LOW_RANK,
     ),

@@ -77,13 +77,16 @@ def collect_stats(
     counted = decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]
     counts, first_choices = _count(decision, counted, context)  # (B, E + 1)
     tokens = (context.valid if context.counted is None else context.counted).view(rows, -1)  # (B, S)
+    are_all_counted = context.counted is None and context.num_valid == tokens.numel()
 
     def per_row(values: Tensor | None) -> Tensor | None:
         """Sum (T, ...) over the counted tokens of each row."""
         if values is None:
             return None
         values = values.view(*tokens.shape, *values.shape[1:])  # (B, S, ...)
-        return (values * tokens.view(*tokens.shape, *(1 for _ in values.shape[2:]))).sum(1)
+        if not are_all_counted:
+            values = values * tokens.view(*tokens.shape, *(1 for _ in values.shape[2:]))
+        return values.sum(1)
 
     probs, log_norm = routed.probs, routed.log_norm
     if log_norm is None and routed.logits is not None:

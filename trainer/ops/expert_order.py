@@ -33,11 +33,11 @@ class ExpertOrder:
     @property
     def token_of_row(self) -> Tensor:
         """(R,) int64; an empty row has some token's number, if there is a token."""
-        return tokens_of_rows(self.slot_of_row, self.row_of_slot.shape)
+        return tokens_of_rows(self.slot_of_row, self.row_of_slot.shape, has_empty_rows=self.has_empty_rows)
 
     def of_rows(self, values: Tensor) -> Tensor:
         """Return (R,): the value of each row's slot, given values (N, k); 0 for an empty row. Differentiable."""
-        return values_of_rows(values, self.slot_of_row)
+        return values_of_rows(values, self.slot_of_row, has_empty_rows=self.has_empty_rows)
 
 
 def order_by_expert(
@@ -86,15 +86,19 @@ def count_slots(expert_index: Tensor, num_experts: int) -> Tensor:
     return key.new_zeros(num_experts + 1).scatter_add_(0, key, torch.ones_like(key))[:num_experts]
 
 
-def tokens_of_rows(slot_of_row: Tensor, shape: torch.Size) -> Tensor:
+def tokens_of_rows(slot_of_row: Tensor, shape: torch.Size, *, has_empty_rows: bool) -> Tensor:
     """Return (R,): the token of each row, some token for an empty one, given slots of the shape (N, k)."""
     num_tokens, num_slots = shape
-    return (slot_of_row // num_slots).clamp_(max=max(0, num_tokens - 1))
+    token = slot_of_row // num_slots
+    return token.clamp_(max=max(0, num_tokens - 1)) if has_empty_rows else token
 
 
-def values_of_rows(values: Tensor, slot_of_row: Tensor) -> Tensor:
+def values_of_rows(values: Tensor, slot_of_row: Tensor, *, has_empty_rows: bool) -> Tensor:
     """Return (R,): the value (N, k) of each row's slot; 0 for an empty row. Differentiable."""
-    return torch.cat([values.reshape(-1), values.new_zeros(1)]).index_select(0, slot_of_row)
+    values = values.reshape(-1)
+    if has_empty_rows:
+        values = torch.cat([values, values.new_zeros(1)])
+    return values.index_select(0, slot_of_row)
 
 
 def rows_of_slots(slot_of_row: Tensor, shape: torch.Size) -> Tensor:

@@ -29,8 +29,8 @@ class Products:
     """Products by torch's default library: MKL for float32 on the CPU."""
 
     def rows(self, x: Tensor, w: Tensor, out: Tensor) -> None:
-        """Write x (n, K) times w (K, N), of any strides, to a contiguous (n, N)."""
-        torch.mm(x, w, out=out)
+        """Write x (n, K) times w.T, given w (N, K) of any strides, to a contiguous (n, N)."""
+        torch.mm(x, w.T, out=out)
 
     def over_rows(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write left.T (K, n) times right (n, N), in the dtype of the weights, which may be wider."""
@@ -45,7 +45,7 @@ class OneDNNProducts(Products):
 
     def rows(self, x: Tensor, w: Tensor, out: Tensor) -> None:
         """Write a product."""
-        out.copy_(torch.ops.mkldnn._linear_pointwise(x, w.T, None, "none", [], ""))
+        out.copy_(torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
 
     def over_rows(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write a product over rows."""
@@ -69,23 +69,26 @@ class FusedKernel(FFNKernel):
         """Return the weighted outputs and the hidden values."""
         h, y = self._buffer(rows, weights.w_in.shape[1]), self._buffer(rows, weights.w_out.shape[1])
         scale, low = self._extended(rows.scale), _adapters(rows, weights)
-        for e, group, x in self._groups(rows, rows.x):
-            self._first(x, weights, low, e, h[group])
-            a = self.activation.apply(h[group], scale[group], self.activation.activation)  # (np, F)
-            self.products.rows(a, weights.w_out[e].to(x.dtype).T, y[group])
-            self._add_low_rank(a, low.w_out, e, y[group])
+        w_in, w_out = weights.w_in.unbind(), weights.w_out.unbind()  # one operation, not one for each expert
+        for e, group, (x,) in self._groups(rows, rows.x):
+            hidden, out = h[group], y[group]
+            self._first(x, w_in[e], weights, low, e, hidden)
+            a = self.activation.apply(hidden, scale[group], self.activation.activation)  # (np, F)
+            self.products.rows(a, w_out[e].to(x.dtype), out)
+            self._add_low_rank(a, low.w_out, e, out)
         return y[: len(rows.scale)], h
 
     def hidden(self, rows: ExpertRows, weights: LayerWeights) -> Tensor:
         """Return the hidden values."""
         h, low = self._buffer(rows, weights.w_in.shape[1]), _adapters(rows, weights)
-        for e, group, x in self._groups(rows, rows.x):
-            self._first(x, weights, low, e, h[group])
+        w_in = weights.w_in.unbind()
+        for e, group, (x,) in self._groups(rows, rows.x):
+            self._first(x, w_in[e], weights, low, e, h[group])
         return h
 
-    def _first(self, x: Tensor, weights: LayerWeights, low: ExpertAdapters, e: int, out: Tensor) -> None:
-        """Write the hidden values of one expert."""
-        self.products.rows(x, weights.w_in[e].to(x.dtype).T, out)
+    def _first(self, x: Tensor, w: Tensor, weights: LayerWeights, low: ExpertAdapters, e: int, out: Tensor) -> None:
+        """Write the hidden values of one expert, whose matrix is w (H, D)."""
+        self.products.rows(x, w.to(x.dtype), out)
         self._add_low_rank(x, low.w_in, e, out)
         if weights.bias is not None:
             out += weights.bias[e].to(x.dtype)
@@ -93,10 +96,11 @@ class FusedKernel(FFNKernel):
     def _add_low_rank(self, x: Tensor, low: LowRank | None, e: int, out: Tensor) -> None:
         """Add s (x A^T) B^T of one expert."""
         if low is not None:
-            out += self._product(self._product(x, low.a[e].T) * low.scale, low.b[e].T)
+            out += self._product(self._product(x, low.a[e]) * low.scale, low.b[e])
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
-        out = x.new_empty(len(x), w.shape[1])
+        """Return x times w.T."""
+        out = x.new_empty(len(x), len(w))
         self.products.rows(x, w, out)
         return out
 
@@ -105,10 +109,12 @@ class FusedKernel(FFNKernel):
         scale, num_rows, low = self._extended(rows.scale), len(rows.scale), _adapters(rows, weights)
         grads = _empty_gradients(weights, dx=self._buffer(rows, rows.x.shape[1]), d_scale=torch.empty_like(scale))
         sizes = rows.rows_per_expert.tolist()
-        for (e, group, x), (_, _, dy) in zip(self._groups(rows, rows.x), self._groups(rows, grad), strict=True):
-            dy[sizes[e] :] = 0
+        w_in, w_out = weights.w_in.mT.unbind(), weights.w_out.mT.unbind()
+        for e, group, (x, dy) in self._groups(rows, rows.x, grad):
+            if len(dy) > sizes[e]:
+                dy[sizes[e] :].zero_()
             da = dy.new_empty(len(dy), weights.w_out.shape[2])
-            v = self._input_gradient(dy, weights.w_out, low.w_out, e, da)
+            v = self._input_gradient(dy, w_out[e], low.w_out, e, da)
             a, dh, d_scale = self.activation.gradients(da, h[group], scale[group], self.activation.activation)
             grads.scale[group] = d_scale
             self._weight_gradients(dy, a, e, grads.w_out)
@@ -116,7 +122,7 @@ class FusedKernel(FFNKernel):
             self._weight_gradients(dh, x, e, grads.w_in)
             if grads.bias is not None:
                 torch.sum(dh, 0, dtype=grads.bias.dtype, out=grads.bias[e])
-            v = self._input_gradient(dh, weights.w_in, low.w_in, e, grads.x[group])
+            v = self._input_gradient(dh, w_in[e], low.w_in, e, grads.x[group])
             self._factor_gradients(dh, x, v, e, low.w_in, grads.adapter_in)
         for e, size in enumerate(sizes):
             if size == 0:
@@ -125,12 +131,12 @@ class FusedKernel(FFNKernel):
         return replace(grads, x=grads.x[:num_rows], scale=grads.scale[:num_rows])
 
     def _input_gradient(self, dz: Tensor, w: Tensor, low: LowRank | None, e: int, out: Tensor) -> Tensor | None:
-        """Write the gradient of one expert's rows x (n, K), given that of its products z (n, N); return v = s dz B."""
-        self.products.rows(dz, w[e].to(dz.dtype), out)
+        """Write the gradient of one expert's rows x (n, K), given that of x W^T (n, N) and w = W^T; return s dz B."""
+        self.products.rows(dz, w.to(dz.dtype), out)
         if low is None:
             return None
-        v = self._product(dz, low.b[e]) * low.scale
-        out += self._product(v, low.a[e])
+        v = self._product(dz, low.b[e].T) * low.scale
+        out += self._product(v, low.a[e].T)
         return v
 
     def _weight_gradients(self, dz: Tensor, x: Tensor, e: int, out: Tensor | None) -> None:
@@ -142,15 +148,16 @@ class FusedKernel(FFNKernel):
     ) -> None:
         if v is not None and low is not None and out is not None:
             self.products.over_rows(v, x, out.a[e])
-            self.products.over_rows(dz, self._product(x, low.a[e].T) * low.scale, out.b[e])
+            self.products.over_rows(dz, self._product(x, low.a[e]) * low.scale, out.b[e])
 
-    def _groups(self, rows: ExpertRows, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-        """Yield each expert that has rows, with their range, rounded up, and its rows of tokens x (N, ...)."""
+    def _groups(self, rows: ExpertRows, *of_tokens: Tensor) -> Iterator[tuple[int, slice, list[Tensor]]]:
+        """Yield each expert that has rows, with their range, rounded up, and its rows of each of tokens (N, ...)."""
         tokens, start = self._extended(rows.token_of_row), 0
         for e, size in enumerate(rows.rows_per_expert.tolist()):  # waits for the device
             if size:
                 group = slice(start, start + size + -size % self.rows_multiple)
-                yield e, group, x.index_select(0, tokens[group])
+                here = tokens[group]
+                yield e, group, [x.index_select(0, here) for x in of_tokens]
             start += size
 
     def _buffer(self, rows: ExpertRows, width: int) -> Tensor:

@@ -89,14 +89,15 @@ class _RoutedFFN(torch.autograd.Function):
             h = x.new_empty(0, weights.w_in.shape[1], dtype=how.dtype)
             y = torch.zeros_like(x, dtype=dtype_of_sum)
         else:
-            rows = _rows(x.to(how.dtype), weight, order.slot_of_row, order.rows_per_expert)
+            rows = _rows(x.to(how.dtype), weight, order.slot_of_row, order.rows_per_expert, order.has_empty_rows)
             y, h = how.kernel.forward(rows, weights)
             y = sum_slots(y, order.row_of_slot, is_full=order.is_full, dtype=dtype_of_sum)
             if b_out is not None:
                 y += _weight_matrix(rows) @ b_out.to(how.dtype)
         h = None if how.recompute else h
         ctx.save_for_backward(x, weight, order.saved, order.rows_per_expert, h, *parameters)
-        ctx.shape, ctx.is_full, ctx.how = order.row_of_slot.shape, order.is_full, how
+        ctx.shape, ctx.is_full, ctx.has_empty_rows = order.row_of_slot.shape, order.is_full, order.has_empty_rows
+        ctx.how = how
         return y
 
     @staticmethod
@@ -109,7 +110,7 @@ class _RoutedFFN(torch.autograd.Function):
             return tuple(None if t is None or not learns else torch.zeros_like(t) for t, learns in given)
         kernel, dtype, b_out = ctx.how.kernel, ctx.how.dtype, parameters[3]
         weights = _layer_weights(parameters, ctx.how, learns=ctx.needs_input_grad[4:7])
-        rows = _rows(x.to(dtype), weight, slot_of_row, rows_per_expert)
+        rows = _rows(x.to(dtype), weight, slot_of_row, rows_per_expert, ctx.has_empty_rows)
         if h is None:
             h = kernel.hidden(rows, weights)
         dy = grad.to(dtype).contiguous()
@@ -120,9 +121,9 @@ class _RoutedFFN(torch.autograd.Function):
             if ctx.needs_input_grad[7]:
                 db_out = (_weight_matrix(rows).T @ dy).to(b_out.dtype)
         dx = sum_slots(grads.x, rows_of_slots(slot_of_row, ctx.shape), is_full=ctx.is_full)
-        dweight = weight.new_zeros(ctx.shape.numel() + 1)
+        dweight = weight.new_zeros(ctx.shape.numel() + ctx.has_empty_rows)  # the last one is that of empty rows
         dweight.index_copy_(0, slot_of_row.long(), d_scale.to(weight.dtype))
-        dweight = dweight[:-1].view(ctx.shape)
+        dweight = (dweight[:-1] if ctx.has_empty_rows else dweight).view(ctx.shape)
         factors = [*(grads.adapter_in or (None, None)), *(grads.adapter_out or (None, None))]
         return dx.to(x.dtype), dweight, None, None, grads.w_in, grads.w_out, grads.bias, db_out, *factors
 
@@ -149,11 +150,11 @@ def _layer_weights(
     )
 
 
-def _rows(x: Tensor, weight: Tensor, slot_of_row: Tensor, rows_per_expert: Tensor) -> ExpertRows:
+def _rows(x: Tensor, weight: Tensor, slot_of_row: Tensor, rows_per_expert: Tensor, has_empty_rows: bool) -> ExpertRows:
     return ExpertRows(
         x=x,
-        token_of_row=tokens_of_rows(slot_of_row, weight.shape),
-        scale=values_of_rows(weight, slot_of_row),
+        token_of_row=tokens_of_rows(slot_of_row, weight.shape, has_empty_rows=has_empty_rows),
+        scale=values_of_rows(weight, slot_of_row, has_empty_rows=has_empty_rows),
         rows_per_expert=rows_per_expert,
     )
 

@@ -59,7 +59,7 @@ def _gradients(da: Tensor, h: Tensor, scale: Tensor, activation: Activation) -> 
     dh = torch.empty_like(h)
     d_gate, d_up = dh.chunk(2, dim=-1)
     torch.mul(da, silu, out=d_up)
-    d_gate.copy_(torch.ops.aten.silu_backward(da.mul_(up), gate))
+    torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=d_gate)
     return a.mul_(factor), dh, d_scale
 
 

@@ -28,8 +28,10 @@ class TokenSlots:
     @classmethod
     def of(cls, decision: RoutingDecision) -> "TokenSlots":
         """Arrange the assignments of a decision; tokens that have fewer than the most get empty slots."""
-        is_dispatched = decision.kept & (decision.expert_index < decision.num_experts)
-        expert = torch.where(is_dispatched, decision.expert_index, decision.num_experts)  # (A,)
+        expert = decision.expert_index  # (A,)
+        if decision.num_rows != expert.numel():  # not all are dispatched, or only the device knows
+            is_dispatched = decision.kept & (expert < decision.num_experts)
+            expert = torch.where(is_dispatched, expert, decision.num_experts)
         weight, num_experts = decision.combine_weight, decision.num_experts
         if decision.top_k is not None:
             shape = (decision.num_tokens, decision.top_k)
