@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.coverage import WEIGHT
 from trainer.checkpoint.new_folder import new_folder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import save_tokenizer
-from trainer.checkpoint.streamed import TensorReader, save_streamed
+from trainer.checkpoint.streamed import save_streamed
 from trainer.config.dump import dump
 from trainer.config.nodes import shown_path
 from trainer.console import formatting
-from trainer.console.console import Console, ProgressBar
+from trainer.console.console import Console
 from trainer.convert.compare_logits import compare_logits
 from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
 from trainer.convert.dequantized import DequantizedFolder
@@ -35,6 +34,7 @@ from trainer.convert.import_tokenizer import source_files
 from trainer.convert.linked_weights import LinkedWeights
 from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.convert.their_model import load_model
+from trainer.convert.watched_tensors import WatchedTensors
 from trainer.distributed import runtime
 from trainer.errors import CheckpointError, ConfigError, ResourceError
 from trainer.metrics.system_stats import total_memory
@@ -129,21 +129,8 @@ def _write_weights(plan: ImportPlan, run: RunFolder) -> CheckpointRows:
         closing(Console(file=sys.stderr)) as console,
         console.progress_bar("writing weights", plan.size_bytes) as bar,
     ):
-        manifest = save_streamed(checkpoints, tensors, _Watched(weights, bar), record)
+        manifest = save_streamed(checkpoints, tensors, WatchedTensors(weights, bar), record)
     return CheckpointRows(checkpoints.of_step(0), manifest)
-
-
-class _Watched:
-    """A reader that shows how much of it has been read."""
-
-    def __init__(self, reader: TensorReader, bar: ProgressBar) -> None:
-        self._reader, self._bar = reader, bar
-
-    def read(self, name: str, start: int, length: int) -> Tensor:
-        """Return some indices of dimension 0 of a tensor."""
-        rows = self._reader.read(name, start, length)
-        self._bar.update(self._bar.done_bytes + rows.nbytes)
-        return rows
 
 
 def _check_room(plan: ImportPlan, gate: Gate, final: Path) -> None:

@@ -15,6 +15,7 @@ from trainer.console import formatting
 from trainer.convert.first_tensors import FirstTensors
 from trainer.convert.init_plan import InitPlan
 from trainer.convert.parent_tensors import ParentTensors, open_parent
+from trainer.convert.watched_tensors import WatchedTensors
 from trainer.convert.weight_parent import PublishedParent, RunParent
 from trainer.errors import ResourceError
 from trainer.experiment import ExperimentConfig
@@ -50,7 +51,7 @@ class InitWeights:
         with self._tensors as parent:
             plan = InitPlan(self._config, self._init, parent, num_ids=tokenizer.vocab_size)
             wanted = {name: tensor for name, tensor in tensors.items() if plan.has_moments or not is_moment(name)}
-            _check_room(folder, wanted)
+            size_bytes = _checked_size(folder, wanted)
             reader = FirstTensors(wanted, plan.sources(wanted, tokenizer))
             plan.check_engine()
             record, details = self._record(run, plan), self._details(plan)
@@ -58,7 +59,9 @@ class InitWeights:
                 path.unlink(missing_ok=True)  # of a run that never had a checkpoint
             try:
                 folder.write(folder.made_from, json.dumps(details) + "\n")
-                save_streamed(run.saver.folder, wanted, reader, record, values=plan.values)
+                with run.console.progress_bar("writing the first weights", size_bytes) as bar:
+                    watched = WatchedTensors(reader, bar)
+                    save_streamed(run.saver.folder, wanted, watched, record, values=plan.values)
             except BaseException:
                 if not run.saver.folder.of_step(0).exists():
                     folder.made_from.unlink(missing_ok=True)
@@ -89,10 +92,11 @@ class InitWeights:
         }
 
 
-def _check_room(folder: RunFolder, tensors: Mapping[str, GlobalTensor]) -> None:
-    """Refuse what cannot fit on the disk before anything is written."""
+def _checked_size(folder: RunFolder, tensors: Mapping[str, GlobalTensor]) -> int:
+    """Return the bytes of all tensors; refuse what cannot fit on the disk before anything is written."""
     needed = sum(tensor.index_bytes * tensor.shape[0] for tensor in tensors.values())
     free = shutil.disk_usage(folder.path).free
     if needed > free:
         sizes = f"{formatting.size(needed)} of disk, and {formatting.size(free)} are free"
         raise ResourceError(f"{folder.path}: the first weights need {sizes}; set runs_dir")
+    return needed

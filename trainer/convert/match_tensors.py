@@ -104,6 +104,12 @@ def _check_patterns(init: InitFromConfig, theirs: Iterable[str], ours: Iterable[
             raise ConfigError(f"init_from.rename: {old} matches no tensor of {where}; {_examples(theirs)}")
 
 
+def _remedy(source: str) -> str:
+    if ".lora_" in source:  # without it the other model is the one before its adaptation
+        return "keep model.lora as it is there, or merge it first: turnout export, then init_from.hf"
+    return f"leave it out by init_from.exclude: [{source}]"
+
+
 def _examples(names: Iterable[str]) -> str:
     return f"its tensors are {', '.join(kinds_of(names))}"
 

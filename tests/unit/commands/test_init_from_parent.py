@@ -187,11 +187,11 @@ def test_a_run_that_is_being_trained_is_refused_unless_its_step_is_named(home: P
 
 def test_a_refusal_needs_no_torch(home: Path) -> None:
     """`train` and `launch` compare the two models as they read the config."""
-    path = write_config(home, "x", MOE)
-    for command in ("train", "launch"):
-        code = f"import sys; from trainer.cli import parse_command_line as parse; o = parse({[command, str(path)]!r} + "
-        code += f"['init_from.run={home}/runs/experts', 'model.d_model=32', 'name=y'])\n"
-        code += "try: o.command(o)\nexcept Exception as error: print(error, 'torch' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.stdout.rstrip().endswith("use model.d_model: 16 False"), done.stdout + done.stderr
+    arguments = [str(write_config(home, "x", MOE)), f"init_from.run={home}/runs/experts", "model.d_model=32", "name=y"]
+    code = "import sys; from trainer.cli import parse_command_line\nfor command in ('train', 'launch'):\n"
+    code += f"    options = parse_command_line([command, *{arguments!r}])\n    try: options.command(options)\n"
+    code += "    except Exception as error: print(error, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = done.stdout.splitlines()
+    assert [line.endswith("use model.d_model: 16 False") for line in said] == [True, True], done.stdout + done.stderr
     assert not (home / "runs" / "y").exists()

@@ -184,7 +184,7 @@ def test_excluded_tensors_have_the_initial_values_of_the_seed_and_renamed_ones_o
     run, said = _start(config)
     theirs, mine = _stored(parent, 4), _stored(run.folder.path)
     fresh = dict(new_engine(config, ByteTokenizer(), print).model.named_parameters())
-    assert said.startswith("first weights from") and "14 tensors as they are, 10 with initial values" in said
+    assert "14 tensors as they are, 10 with initial values" in said
     since = CheckpointFolder(run.saver.folder.path).manifest(0).values
     for name, weight in fresh.items():
         block = name.split(".")[1]
