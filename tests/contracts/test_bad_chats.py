@@ -238,7 +238,7 @@ def test_a_template_that_no_conversation_can_use_is_named_without_a_row(name):
         ({"learn": ["robot"]}, "learn"),
         ({"learn": ["user", "user"]}, "learn: user is named twice"),
         ({"truncate": "middle"}, "truncate"),
-        ({"format": "alpaca", "turns_key": "t"}, "turns_key: t, but format alpaca has columns of its own"),
+        ({"format": "alpaca", "turns_key": "t"}, "turns_key: 't', but format alpaca has columns of its own"),
     ],
 )
 def test_a_bad_option_is_a_config_error(options, message):

@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem
+from trainer.config.nodes import shown
 
 Builtin = Literal["byte", "chatml"]
 """Templates that come with Turnout: trainer/data/chat/templates/."""
@@ -45,4 +46,4 @@ class ChatTemplateConfig(Config):
                 raise ValueError
             _ = self.today
         except ValueError:
-            yield Problem("date", f"{self.date!r} is not a date such as 2026-01-31")
+            yield Problem("date", f"{shown(self.date)} is not a date such as 2026-01-31")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from trainer.config.base import Problem, repeated
+from trainer.config.nodes import shown
 from trainer.data.chat.chat_rows import ChatFormat
 from trainer.data.chat.messages import Learn, Truncate
 from trainer.data.records.registry import DatasetConfig, JsonlRecordsConfig, Name, RecordsOptions
@@ -40,7 +41,9 @@ class ConversationOptions(RecordsOptions):
         for role in repeated(self.learn) if isinstance(self.learn, list) else ():
             yield Problem("learn", f"{role} is named twice; name each role once")
         if self.turns_key is not None and self.format not in (None, "messages"):
-            yield Problem("turns_key", f"{self.turns_key}, but format {self.format} has columns of its own; remove one")
+            yield Problem(
+                "turns_key", f"{shown(self.turns_key)}, but format {self.format} has columns of its own; remove one"
+            )
 
 
 class ChatOptions(DocumentsOptions, ConversationOptions):

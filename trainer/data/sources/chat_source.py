@@ -21,7 +21,8 @@ class ChatSource(RecordSource):
         self._format: ChatFormat | None = format
         self._turns_key = turns_key
 
-    def document(self, record: Record, *, domain: str, weight: float) -> Document:
+    def document(self, record: Record) -> Document:
         """Return the conversation of a record."""
         chat = parse_chat(record, format=self._format, turns_key=self._turns_key)
+        domain, weight = self.domain_and_weight(record)
         return Document(name=record.where, domain=domain, text=chat.text, weight=weight, chat=chat)

@@ -35,7 +35,7 @@ class RecordSource(Source):
         self._reader, self._rules = reader, rules
 
     @abstractmethod
-    def document(self, record: Record, *, domain: str, weight: float) -> Document:
+    def document(self, record: Record) -> Document:
         """Return the document of a record; raise BadRecord if it has none."""
 
     def files(self) -> list[Path]:
@@ -68,15 +68,13 @@ class RecordSource(Source):
     def _entry(self, record: Record) -> Document | BadRecord | None:
         """Return the document of a record; None if it does not pass the filters."""
         try:
-            if not all(condition.keeps(record) for condition in self._rules.filters):
-                return None
-            weight_key = self._rules.weight_key
-            weight = 1.0 if weight_key is None else loss_weight(record, weight_key)
-            return self.document(record, domain=self._domain(record), weight=weight)
+            is_kept = all(condition.keeps(record) for condition in self._rules.filters)
+            return self.document(record) if is_kept else None
         except BadRecord as bad:
             return bad
 
-    def _domain(self, record: Record) -> str:
+    def domain_and_weight(self, record: Record) -> tuple[str, float]:
+        """Return the domain of a record and its weight in the training loss; raise BadRecord if it has none."""
         domain_key = self._rules.domain_key
         domain = self._rules.domain if domain_key is None else record.text(domain_key)
         if not DOMAIN_NAME.fullmatch(domain):
@@ -85,4 +83,5 @@ class RecordSource(Source):
                 "dashes and underscores; correct the record or set another domain_key",
                 reason="of a domain that is no name",
             )
-        return domain
+        weight_key = self._rules.weight_key
+        return domain, 1.0 if weight_key is None else loss_weight(record, weight_key)

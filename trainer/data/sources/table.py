@@ -15,10 +15,11 @@ class TableSource(RecordSource):
         super().__init__(reader, rules)
         self._text_template, self._text, self._prompt = text, Template(text), Template(prompt)
 
-    def document(self, record: Record, *, domain: str, weight: float) -> Document:
+    def document(self, record: Record) -> Document:
         """Return the text of a record."""
         text = self._text.render(record)
         if not text.strip():
             found = f"{record.where}: {self._text_template!r} holds no text (empty or only white space)"
             raise BadRecord(f"{found}; every record needs some; remove it", reason=NO_TEXT)
+        domain, weight = self.domain_and_weight(record)
         return Document(name=record.where, domain=domain, text=text, prompt=self._prompt.render(record), weight=weight)

@@ -39,8 +39,8 @@ class ReadTask:
     source: SourceConfig  # the source's options: each process opens the source itself
     part: SourcePart | None  # None for the whole source, which a tail split across documents needs
     split: SplitConfig
-    chat: ChatSetting | None  # for a source of conversations
     folder: Path
+    chat: ChatSetting | None = None  # for a source of conversations
 
     @property
     def size_bytes(self) -> int:
