@@ -17,7 +17,8 @@ from typing import Any, Final
 from jinja2 import Template
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
 
-from trainer.data.chat.sandbox import ChatSandbox, NoDate, ReadsFiles, TooLarge
+from trainer.data.chat.growth import TooLarge
+from trainer.data.chat.sandbox import ChatSandbox, NoDate, ReadsFiles
 from trainer.errors import DataError, first_line, is_out_of_memory
 from trainer.terminal import single_line
 

@@ -8,7 +8,7 @@ is only for a template that hangs.
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
@@ -20,31 +20,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_CHARACTERS: Final = 1 << 25
-"""Length of a rendered conversation, and of any string on the way to it."""
+from trainer.data.chat.growth import TooLarge, bounded_list, check_call, check_format, check_length, check_result
+
 _MAX_STEPS: Final = 1 << 20  # turns of loops and calls of macros
 _MAX_SECONDS: Final = 60.0
 _MAX_BITS: Final = 1 << 12  # of a whole number
 _STEPS_BETWEEN_LOOKS: Final = 256
 _READING: Final = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
-_WIDENING: Final = (
-    "ljust",
-    "rjust",
-    "center",
-    "zfill",
-    "expandtabs",
-    "indent",
-    "batch",
-    "slice",
-    "wordwrap",
-    "truncate",
-)
-"""Filters and methods of strings that fill up to a width."""
 _REPEATED: Final = (nodes.For, nodes.Macro)
-
-
-class TooLarge(TemplateError):
-    """A rendering that exceeds a limit."""
 
 
 class NoDate(TemplateError):
@@ -147,17 +130,20 @@ class ChatSandbox(ImmutableSandboxedEnvironment):
                     check_length(len(sequence) * times)
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             check_length(len(left) + len(right))
+        if operator == "%" and isinstance(left, str):
+            check_format(left, right if isinstance(right, tuple) else (right,))
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > _MAX_BITS:
                 raise TooLarge(f"it computes a number of more than {_MAX_BITS} bits")
-        return _checked(super().call_binop(context, operator, left, right))
+        return check_result(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method whose result is bounded."""
-        if isinstance(getattr(called, "__self__", None), str) and called.__name__ in _WIDENING:
-            _check_widths(args)
-        return _checked(super().call(context, called, *args, **kwargs))
+        text = getattr(getattr(called, "__wrapped__", called), "__self__", None)  # wrapped: str.format
+        if isinstance(text, str):
+            check_call(called.__name__, (text, *args, *kwargs.values()))
+        return check_result(super().call(context, called, *args, **kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -203,32 +189,15 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-def check_length(length: int) -> None:
-    """Raise TooLarge for a string or list that is too long."""
-    if length > MAX_CHARACTERS:
-        raise TooLarge(f"it makes {length} characters, and {MAX_CHARACTERS} are allowed")
-
-
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # with jinja's marks of what a filter is given
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if name in _WIDENING:
-            _check_widths((*args, *kwargs.values()))
-        return _checked(function(*args, **kwargs))
+        if name in ("join", "list"):  # what `map` gives has no length yet
+            args = tuple(bounded_list(value) if isinstance(value, Iterator) else value for value in args)
+        check_call(name, (*args, *kwargs.values()))
+        return check_result(function(*args, **kwargs))
 
     return checked
-
-
-def _check_widths(values: Iterable[Any]) -> None:
-    for value in values:
-        if isinstance(value, int):
-            check_length(abs(value))
-
-
-def _checked(value: Any) -> Any:
-    if isinstance(value, str | list):
-        check_length(len(value))
-    return value
 
 
 def _check_attribute(name: Any) -> None:

@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 
-from trainer.data.chat import chat_template, sandbox
+from trainer.data.chat import chat_template, growth, sandbox
 from trainer.data.chat.chat_template import ChatRefused, ChatTemplate, ChatTemplateError
 
 MESSAGES = [{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "reasoning": "hm", "content": "a<b"}]
@@ -76,6 +76,15 @@ def test_a_template_that_cannot_be_used_is_named(text: str, message: str):
         ("{{ 'a' * 10 ** 9 }}", "makes 1000000000 characters", "too large"),
         ("{{ 'a' | center(10 ** 9) }}{{ 1 }}", "makes 1000000000 characters", "too large"),
         ("{{ 'a'.ljust(10 ** 9) }}", "makes 1000000000 characters", "too large"),
+        ("{{ ('x' * 10 ** 5) | replace('x', 'y' * 10 ** 5) }}", "makes 10000100000 characters", "too large"),
+        ("{{ ('x' * 10 ** 5).replace('x', 'y' * 10 ** 5) }}", "makes 10000100000 characters", "too large"),
+        ("{{ (['x' * 10 ** 5] * 10 ** 5) | map('upper') | join }}", "makes 336", "too large"),
+        ("{{ (['x' * 10 ** 5] * 10 ** 5) | map('upper') | list }}", "makes 336", "too large"),
+        ("{{ ''.join(['x' * 10 ** 5] * 10 ** 5) }}", "makes 10000000000 characters", "too large"),
+        ("{{ '%9999999999d' % 1 }}", "a width of more than a million", "too large"),
+        ("{{ '%*d' % (9999999999, 1) }}", "makes 9999999999 characters", "too large"),
+        ("{{ '{:{}}'.format(1, 9999999999) }}", "makes 9999999999 characters", "too large"),
+        ("{{ '%9999999999d' | format(1) }}", "a width of more than a million", "too large"),
         ("{{ 9 ** 9 ** 9 ** 9 ** 9 }}", "computes a number of more than 4096 bits", "too large"),
     ],
 )
@@ -98,7 +107,7 @@ GROWING = (
 
 @pytest.mark.parametrize("step", GROWING)
 def test_text_cannot_grow_without_bound(step: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sandbox, "MAX_CHARACTERS", 1 << 10)
+    monkeypatch.setattr(growth, "MAX_CHARACTERS", 1 << 10)
     loop = f"{{% set ns = namespace(x='aaaaaaaaaaaaaaaa') %}}{{% for _ in range(99) %}}{step}{{% endfor %}}"
     with pytest.raises(ChatRefused, match="characters, and 1024 are allowed"):
         rendered(loop)
