@@ -21,6 +21,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.native import NativeEngine
 from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import StepEngine
+from trainer.errors import CheckpointError
 from trainer.models.config import ModelConfig
 from trainer.models.freeze import frozen_names
 from trainer.models.parameter_roles import is_decayed
@@ -112,7 +113,11 @@ def _pieces(mesh: Mesh, step: int) -> list[Any]:
 
 
 def _engine(
-    where: Where, num_experts: int, freeze: Sequence[str], lr_scale: Mapping[str, float] | None = None
+    where: Where,
+    num_experts: int,
+    freeze: Sequence[str],
+    lr_scale: Mapping[str, float] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> StepEngine:
     mesh = None
     if torch.distributed.is_initialized():
@@ -121,7 +126,7 @@ def _engine(
     return make_engine_of(
         NativeEngineConfig() if where.zero_stage is None else DeepSpeedEngineConfig(zero_stage=where.zero_stage),
         _config(num_experts),
-        dtype=torch.float64 if where.zero_stage is None else torch.float32,
+        dtype=dtype if where.zero_stage is None else torch.float32,
         seed=5,
         grad_clip=CLIP,
         mesh=mesh,
@@ -263,6 +268,33 @@ def test_a_resumed_run_with_the_same_list_continues_bit_for_bit(tmp_path: Path) 
     ours, theirs = second_half.state(), whole.state()
     assert ours.values == theirs.values and ours.values["moments_since.blocks.0.ffn.router.gate.weight"] == 2
     assert all(torch.equal(part.tensor, theirs.slices[name].tensor) for name, part in ours.slices.items())
+
+
+def test_deepspeed_begins_moments_anew_for_a_whole_group_only(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    first = _engine(Where(zero_stage=1), 4, ["experts"])
+    _train(first, 0, 2)
+    save(tmp_path, 2, first.state())
+    first.close()
+    found: dict[int | None, dict[str, Tensor]] = {}
+    for stage in (1, None):
+        with closing(_engine(Where(zero_stage=stage), 4, ["*", "!experts"], dtype=torch.float32)) as engine:
+            resume(engine, tmp_path, 2)
+            assert engine.moments_since == dict.fromkeys(engine.learning, 2)
+            _train(engine, 2, 4)
+            found[stage] = {name: part.tensor.clone() for name, part in engine.state().slices.items()}
+    torch.testing.assert_close(found[1], found[None], rtol=2e-5, atol=1e-6)
+    with closing(_engine(Where(zero_stage=1), 4, [])) as engine:
+        resume(engine, tmp_path, 2)  # experts are a group of their own
+        assert sorted(set(engine.moments_since.values())) == [2]
+    with closing(_engine(Where(zero_stage=1), 4, ["router"])) as engine:
+        _train(engine, 0, 2)
+        save(tmp_path, 3, engine.state())
+    with (
+        closing(_engine(Where(zero_stage=1), 4, [])) as engine,
+        pytest.raises(CheckpointError, match=r"router.* has moments since step 2 .*DeepSpeed has one step count"),
+    ):
+        resume(engine, tmp_path, 3)
 
 
 def test_a_selection_bias_stops_with_its_router() -> None:

@@ -55,9 +55,9 @@ def rate_factors(model: GPT, factors: Mapping[str, float]) -> dict[str, float]:
             if first != second:
                 given = f"{embedding} has {first:g} and {head} {second:g}"
                 raise ConfigError(f"train.lr_scale: {given}, and both are one weight: {TWICE}")
-    for entry in factors:
+    for entry in (entry for entry, factor in factors.items() if factor != 1):
         if not any(learns and matches(entry, name) for name, learns in by_any_name.items()):
-            raise ConfigError(f"train.lr_scale: {entry} matches only weights that train.freeze freezes; leave it out")
+            raise ConfigError(f"train.lr_scale: {entry} matches only weights that train.freeze freezes; make it 1")
     return {name: factor_of(factors, name) for name, learns in learning.items() if learns}
 
 
@@ -69,18 +69,18 @@ def frozen_router_warning(model: GPT) -> str | None:
     moe, layers = model.config.moe, model.moe_layers()
     if moe is None or not layers or not all(is_frozen(layer.router) for layer in layers):
         return None
-    terms = [f"{term.name}_loss" for term in moe.aux_losses.terms() if term.name not in ("router", "diversity")]
-    if not terms:
+    names = [f"{term.name}_loss" for term in moe.aux_losses.terms() if term.name not in ("router", "diversity")]
+    if not names:
         return None
-    names = [name for name, _ in model.named_parameters()]
-    last = max(at for at, name in enumerate(names) if "router" in name.split("."))
+    parameters = list(model.named_parameters())
+    last = max(at for at, (name, _) in enumerate(parameters) if "router" in name.split("."))
     does = "changes the weights below them instead"
-    if not any(model.get_parameter(name).requires_grad for name in names[:last]):
+    if not any(p.requires_grad for _, p in parameters[:last]):
         does = "reaches nothing that learns"
     key, more = (
         ("train.freeze", "") if model.config.lora is None else ("model.lora", ", or model.lora.trains: [router]")
     )
     return (
-        f"{key}: every router is frozen, and {' and '.join(terms)} {does}; set the coefficients to 0 in "
+        f"{key}: every router is frozen, and the gradient of {' and '.join(names)} {does}; set the coefficients to 0 in "
         f"model.moe{more} if that is not meant"
     )

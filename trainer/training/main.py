@@ -23,6 +23,7 @@ from trainer.training.experts_picture import write_experts_picture
 from trainer.training.first_weights import FirstWeights
 from trainer.training.generate_text import sample_held_out
 from trainer.training.loop import fit
+from trainer.training.model import check_what_learns
 from trainer.training.run import RunState
 from trainer.training.save import report_save
 from trainer.training.screens import final_summary, header
@@ -65,6 +66,7 @@ def train_run(
                     console.message(f"branched off from {parent.folder} at step {parent.step}: {folder.path}")
         with raise_together(mesh.world):
             if layout.rank == 0:
+                check_what_learns(config)
                 if first_weights is not None:
                     mesh.world.recorder.enter("verifying the weights to start from")
                     first_weights.verify(warn=console.warning)

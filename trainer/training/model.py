@@ -40,6 +40,17 @@ def meta_model(config: ExperimentConfig, num_ids: int) -> GPT:
     return model
 
 
+def check_what_learns(config: ExperimentConfig) -> None:
+    """Check `train.freeze` and `train.lr_scale` against the model, before there is a run folder.
+
+    Raises:
+        ConfigError: if they do not fit.
+    """
+    if config.train.freeze or config.train.lr_scale:
+        parallel = config.parallel.model_copy(update={"experts_kernel": "loop"})  # any has the same weights
+        meta_model(config.model_copy(update={"parallel": parallel}), 1)
+
+
 def build_parallel_model(
     config: ExperimentConfig, tokenizer: Tokenizer, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
 ) -> GPT:

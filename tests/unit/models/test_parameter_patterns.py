@@ -145,7 +145,7 @@ def test_without_factors_every_rate_is_the_schedule_s() -> None:
     ("fields", "factors", "message"),
     [
         ({}, {"blocks.5": 2.0}, "train.lr_scale: blocks.5 matches no weight of this model"),
-        ({}, {"router": 2.0}, "train.lr_scale: router matches only weights that train.freeze freezes; leave it out"),
+        ({}, {"router": 2.0}, "train.lr_scale: router matches only weights that train.freeze freezes; make it 1"),
         (
             {"tie_embeddings": True},
             {"head": 0.5},
@@ -156,6 +156,7 @@ def test_without_factors_every_rate_is_the_schedule_s() -> None:
 def test_factors_that_do_not_fit_the_model_are_refused(fields: Any, factors: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         _factors(_model(**fields), factors, ["router"])
+    assert _factors(_model(), {"router": 1.0}, ["router"]), "a factor of 1 takes back one of another file"
 
 
 def test_a_tied_embedding_has_one_factor() -> None:
@@ -185,7 +186,7 @@ def _warning(freeze: list[str], **balance: Any) -> str | None:
 
 
 def test_a_loss_for_frozen_routers_is_warned_about() -> None:
-    beginning, end = "train.freeze: every router is frozen, and balance_loss and z_loss", "in model.moe if that is not"
+    beginning = "train.freeze: every router is frozen, and the gradient of balance_loss and z_loss"
     assert _warning(["attention"]) is None
     assert _warning(["router"], balance={"coef": 0.0}, z_loss_coef=0.0) is None
     for freeze, does in (
@@ -194,4 +195,4 @@ def test_a_loss_for_frozen_routers_is_warned_about() -> None:
         (["*", "!blocks.1.ffn.experts", "!head"], "reaches nothing that learns"),
     ):
         found = _warning(freeze, balance={"coef": 0.1})
-        assert found is not None and found.startswith(f"{beginning} {does}; set the coefficients to 0 {end}"), found
+        assert found is not None and found.startswith(f"{beginning} {does}; set the coefficients to 0 in "), found

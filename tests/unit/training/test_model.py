@@ -1,15 +1,20 @@
 """The kernel of a run: chosen by the table, checked on the device, recorded as it is used."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
 import torch
 
+from trainer.cli import main
 from trainer.config.loader import load
+from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.mesh import Mesh
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.canary import CanaryReport
-from trainer.training.model import check_kernel, resolve_kernel
+from trainer.training.model import build_parallel_model, check_kernel, check_what_learns, resolve_kernel
 
 CPU = torch.device("cpu")
 
@@ -64,3 +69,24 @@ def test_the_kernels_that_are_checked_are_those_of_a_deterministic_run(monkeypat
 def test_a_dense_model_has_nothing_to_check() -> None:
     config, report, warnings = _checked(_config("model.moe=null"))
     assert report is None and not warnings and config.model.moe is None
+
+
+@pytest.mark.parametrize("override", ["train.freeze=[blocks.9]", "train.lr_scale={blocks.9: 2}"])
+def test_what_learns_is_checked_before_there_is_a_run_folder(override: str, tmp_path: Path) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"^{key}: blocks.9 matches no weight"):
+        check_what_learns(_config(override))
+    check_what_learns(_config("train.freeze=[router]", "train.lr_scale={experts: 2}"))
+    text, screen = tmp_path / "x.txt", io.StringIO()
+    text.write_text("words " * 500)
+    sources = f"data.sources=[{{kind: text, path: {text}}}]"
+    with contextlib.redirect_stderr(screen), pytest.raises(SystemExit, match="^2$"):
+        main(["train", str(SMOKE), f"runs_dir={tmp_path}/runs", sources, override])
+    assert f"{key}: blocks.9 matches no weight" in screen.getvalue() and not (tmp_path / "runs").exists()
+
+
+def test_local_experts_and_shards_stay_frozen() -> None:
+    config = resolve_kernel(_config("train.freeze=[experts, norms]"), CPU)
+    model = build_parallel_model(config, ByteTokenizer(), Mesh.of_one(), CPU, warn=lambda _: None)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if "norm" in n or ".experts." in n}
