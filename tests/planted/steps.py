@@ -4,6 +4,20 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "DeepSpeed copies the frozen experts of rank 0 to all ranks",
+        "engine/deepspeed/start.py",
+        "ds_optim_param=True",
+        "no_such_mark=True",
+        "tests/laws/test_freeze.py::test_deepspeed_freezes_too",
+    ),
+    in_package(
+        "the gradient of a frozen head is made",
+        "ops/cross_entropy.py",
+        "dtype=_wide(weight.dtype)) if needed.weight else None",
+        "dtype=_wide(weight.dtype))",
+        "ops/test_cross_entropy.py::test_the_gradient_of_a_frozen_input_is_not_computed",
+    ),
+    in_package(
         "a factor of the learning rate is ignored",
         "optim/create.py",
         "lr * group.get(RATE_FACTOR, 1.0)",

@@ -81,6 +81,6 @@ def frozen_router_warning(model: GPT) -> str | None:
         ("train.freeze", "") if model.config.lora is None else ("model.lora", ", or model.lora.trains: [router]")
     )
     return (
-        f"{key}: every router is frozen, and the gradient of {' and '.join(names)} {does}; set the coefficients to 0 in "
-        f"model.moe{more} if that is not meant"
+        f"{key}: every router is frozen, and the gradient of {' and '.join(names)} {does}; set the coefficients to 0 "
+        f"in model.moe{more} if that is not meant"
     )

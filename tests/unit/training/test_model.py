@@ -80,7 +80,7 @@ def test_what_learns_is_checked_before_there_is_a_run_folder(override: str, tmp_
     text, screen = tmp_path / "x.txt", io.StringIO()
     text.write_text("words " * 500)
     sources = f"data.sources=[{{kind: text, path: {text}}}]"
-    with contextlib.redirect_stderr(screen), pytest.raises(SystemExit, match="^2$"):
+    with contextlib.redirect_stderr(screen), pytest.raises(SystemExit, match=r"^2$"):
         main(["train", str(SMOKE), f"runs_dir={tmp_path}/runs", sources, override])
     assert f"{key}: blocks.9 matches no weight" in screen.getvalue() and not (tmp_path / "runs").exists()
 
