@@ -18,6 +18,7 @@ from trainer.data.chat.chat_rows import parse_chat
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.records import json_lines
+from trainer.data.records.bad_records import BadRecord
 from trainer.data.records.base import Record
 from trainer.data.sources.registry import ChatSourceConfig
 from trainer.data.token_cache import workers
@@ -149,3 +150,38 @@ def test_three_processes_read_what_one_reads():
             found.append((corpus.fingerprint, documents_of(corpus.train[0])))
     assert found[0] == found[1]
     assert found[0][1] == split_by_definition(rows, SplitConfig(kind="hash", fraction=0.3))[0]
+
+
+KEYS = ["messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction", "output", "history"]
+KEYS += ["system", "tools", "role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "weight"]
+WORDS = [
+    "user",
+    "assistant",
+    "tool",
+    "human",
+    "gpt",
+    "function_call",
+    "",
+    "x",
+    "{}",
+    "[1]",
+    "\ud800",
+    "\x1b[2J",
+    "x" * 999,
+]
+scalar = st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | st.sampled_from(WORDS)
+anything = st.recursive(
+    scalar,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(row=st.dictionaries(st.sampled_from(KEYS), anything, max_size=4))
+def test_anything_is_a_conversation_or_a_short_line_with_its_place(row):
+    try:
+        parse_chat(Record("a.jsonl:1", row)).text.encode()
+    except BadRecord as error:
+        line = str(error)
+        assert line.startswith("a.jsonl:1: ") and line.isprintable() and len(line) < 400
