@@ -57,6 +57,15 @@ def test_a_config_that_reads_files_says_what_makes_them(path):
         assert config.prepare.startswith(f"curl -o {local_files(config)[0]} https://")
 
 
+def test_the_stages_follow_each_other_in_the_order_of_their_script():
+    script = (ROOT / "scripts/stages.sh").read_text()
+    stages = re.findall(r"for stage in ([\w ]+);", script)[0].split()
+    configs = [load(str(ROOT / f"configs/stages/{stage}.yaml"), [], ExperimentConfig) for stage in stages]
+    begins_from = [None if config.init_from is None else config.init_from.run for config in configs]
+    assert begins_from == [None, *(f"{config.runs_dir}/{config.name}" for config in configs[:-1])]
+    assert configs[-1].prepare is not None and configs[-1].prepare.removeprefix("python ") in script
+
+
 def test_a_file_that_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
     config = str(ROOT / "configs/recipes/small/recommendation.yaml")
     result = imported_once.run(["-m", "trainer", "train", config], cwd=tmp_path)
