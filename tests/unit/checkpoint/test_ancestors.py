@@ -44,7 +44,9 @@ def test_a_chain_is_followed_to_the_published_model(chain: Path) -> None:
 def test_a_chain_is_found_where_it_was_moved_and_ends_where_it_is_gone(chain: Path, tmp_path: Path) -> None:
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert len(ancestors(RunFolder(moved / "chat"))) == 4
-    (moved / "pruned/run_id").write_text("00another")
+    origin = json.loads((moved / "pruned/origin.json").read_text())
+    (moved / "pruned/run_id").write_text("00another")  # another run of that name, with the same parent
+    (moved / "pruned/origin.json").write_text(json.dumps({**origin, "id": "00another"}))
     assert [one.name for one in ancestors(RunFolder(moved / "chat"))] == ["mean", "pruned"]
     moved.rename(tmp_path)
 
