@@ -6,6 +6,11 @@ import pytest
 
 from tests.converted_runs import make_run
 from trainer import cli
+from trainer.checkpoint.branch import Branch
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands import branch_run
+from trainer.environment import is_restarted
+from trainer.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +65,26 @@ def test_it_is_refused_and_nothing_is_written(
     said = capsys.readouterr().err
     assert (end.value.code, said.count("\n")) == (code, 1) and message in said
     assert sorted(path.name for path in (workplace / "runs").iterdir()) == ["bare", "base", "no_run"]
+
+
+def test_another_machine_waits_until_the_first_has_made_the_run(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch, final = (
+        Branch(parent=RunFolder(workplace / "runs/base"), step=None, name="new", config=""),
+        tmp_path / "new",
+    )
+    monkeypatch.setattr("time.sleep", lambda _: branch.make(final))
+    (workplace / "runs/base/run_id").write_text("0123456789abcdef\n")
+    branch_run.wait_until_made(branch, final)
+    monkeypatch.setattr(branch_run, "_PATIENCE_S", -1.0)
+    with pytest.raises(ConfigError, match=r"nowhere: has not been made by the first machine within -1 s; start the"):
+        branch_run.wait_until_made(branch, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("count", "expected"), [("", False), ("0", False), ("2", True), ("x", False)])
+def test_only_a_later_attempt_of_torchrun_may_find_the_branch_made(
+    count: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    assert is_restarted() == expected
