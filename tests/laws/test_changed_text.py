@@ -9,6 +9,7 @@ import pytest
 from tests.ranks import Ranks, mesh_here
 from tests.tiny_training import config_of, final_files, kill_after, losses, train_here
 from tests.unit.checkpoint.test_manifest import rewrite
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.errors import CheckpointError, DataError
 
 PROSE = "It was a bright cold day in April, and the clocks were striking. Winston slipped through the doors. "
@@ -69,6 +70,16 @@ def test_a_run_killed_after_the_change_of_text_ends_as_if_it_had_not_been(
     assert record["text"] == json.loads((whole / "checkpoints/step_00000012/manifest.json").read_text())["run"]["text"]
     domain = record["text"]["domains"]["books"]
     assert (domain["key"], domain["first_visit"] > 0) == ((1, True) if how == "continue" else (0, False))
+
+
+def test_a_run_that_has_read_nothing_may_begin_with_any_text(workplace: Path) -> None:
+    run = workplace / "runs/begun"
+    begin = [f"name={run.name}", f"init_from.run={workplace}/runs/base", "train.steps=1"]
+    train_here(config_of(workplace, *begin, SOURCES.format(folder=workplace)))
+    kill_after(run, 0)
+    train_here(config_of(workplace, *begin, FOLDER.format(folder=workplace)))
+    (domain,) = CheckpointFolder(run / "checkpoints").manifest(1).run["text"]["domains"].values()  # type: ignore
+    assert domain["key"] == 0, "as a new run on this text"
 
 
 def test_other_text_is_refused_with_the_option_that_allows_it(workplace: Path) -> None:

@@ -19,8 +19,8 @@ def resume_text(run: RunState, checkpoint: CheckpointHandle) -> bool:
     """
     how, before, now = run.config.data.changed, checkpoint.run["data_fingerprint"], run.corpus.fingerprint
     saved, streams = _saved_order(checkpoint, run.position), checkpoint.run.get("streams", {})
-    if before in (None, now):  # None: no text has been read yet
-        run.stream.resume_at(streams, saved)
+    if before in (None, now):  # None: no text has been read yet, so it may be any
+        run.stream.resume_at(streams, None if before is None else saved)
         return False
     if how is None:
         raise DataError(
