@@ -37,6 +37,12 @@ class VocabularyMap:
 
 def map_vocabulary(old: Tokenizer, new: Tokenizer, *, old_rows: int, new_rows: int) -> VocabularyMap:
     """Return the sources of each row under `new`; rows beyond the ids are taken from such rows in turn."""
+    spare = range(old.vocab_size, old_rows)
+    beyond = [[spare[i]] if i < len(spare) else [] for i in range(new_rows - new.vocab_size)]
+    if old.fingerprint == new.fingerprint:
+        same = [[i] for i in range(old.vocab_size)]
+        note = f"{new_rows} rows of the vocabulary instead of {old_rows}, of which {old.vocab_size} are the tokenizer's"
+        return VocabularyMap(sources=same + beyond, num_old=old.vocab_size, note=note)
     pieces: dict[bytes, int] = {}
     for i in range(old.vocab_size):
         if content := old.decode([i]):
@@ -59,14 +65,12 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer, *, old_rows: int, new_rows: i
             kind, row = "unknown", []
         sources.append(row)
         found[kind] += 1
-    spare = range(old.vocab_size, old_rows)
-    sources += [[spare[i]] if i < len(spare) else [] for i in range(new_rows - new.vocab_size)]
     note = (
         f"another tokenizer: of {new.vocab_size} pieces {found['pieces']} are pieces of the old vocabulary, "
         f"{found['means']} are means of such pieces, {found['special']} special tokens have the old ones' names, "
         f"{found['unknown']} are new and start from the mean of all; the end of document is kept"
     )
-    return VocabularyMap(sources=sources, num_old=old.vocab_size, note=note)
+    return VocabularyMap(sources=sources + beyond, num_old=old.vocab_size, note=note)
 
 
 class VocabularyRows:

@@ -105,7 +105,9 @@ def test_bytes_become_bytes_and_the_same_tokenizer_keeps_every_row(tmp_path: Pat
     singles = {bpe.decode([i]): i for i in reversed(range(bpe.vocab_size))}
     assert all(torch.equal(here[byte], there[singles[bytes([byte])]]) for byte in range(0xF8))  # others: special
     assert torch.equal(here[255], there[bpe.end_of_document]), "the end of a document stays one"
-    there, here, _ = _rows(bpe, bpe, old_rows=bpe.vocab_size + 2, new_rows=bpe.vocab_size + 3)
+    ids = bpe.vocab_size
+    there, here, note = _rows(bpe, bpe, old_rows=ids + 2, new_rows=ids + 3)
+    assert note == f"{ids + 3} rows of the vocabulary instead of {ids + 2}, of which {ids} are the tokenizer's"
     assert torch.equal(here[:-1], there), "with the rows beyond the ids"
     torch.testing.assert_close(here[-1], there[: bpe.vocab_size].mean(0), rtol=1e-6, atol=1e-7)
 
