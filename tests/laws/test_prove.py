@@ -39,9 +39,11 @@ BEYOND_LABELS = (dense_gradients_not_summed, norm_of_one_rank, experts_seeded_by
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    """Six experts with uneven load, capacity, selection bias, jitter and every loss; seven rows."""
+    """Six experts with uneven load, capacity, selection bias, jitter and every loss; seven rows, weighted documents."""
     folder = tmp_path_factory.mktemp("prove")
-    (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    sentence = "It was a bright cold day in April, and the clocks were striking. " * 2
+    rows = [{"text": f"{n}: {sentence}", "gain": (0, 0.3, 1, 2.25)[n % 4]} for n in range(100)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ExperimentConfig.model_validate(
         {
             "name": "tiny",
@@ -60,7 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
                 },
             },
             "data": {
-                "sources": [{"kind": "text", "path": str(folder / "text.txt"), "domain": "prose"}],
+                "sources": [{"kind": "jsonl", "path": str(folder / "text.jsonl"), "weight_key": "gain"}],
                 "cache_dir": str(folder / "cache"),
             },
             "schedule": {"kind": "warmup_cosine", "warmup_steps": 1},
