@@ -4,6 +4,13 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "any moments may be missing",
+        "checkpoint/compatible.py",
+        "and name not in lacks and weight_of(name) in frozen}",
+        "and name not in lacks}",
+        "checkpoint/test_compatible.py::test_moments_may_be_missing_only_where_the_weight_is_frozen",
+    ),
+    in_package(
         "the first rank writes everything",
         "checkpoint/plan.py",
         "min(ranks, key=lambda rank: (load[rank], rank))",

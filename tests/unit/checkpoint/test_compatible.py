@@ -1,5 +1,6 @@
 """Checkpoints that a run must not resume from, and their messages."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,29 @@ def test_other_tensors_are_refused_by_name_shape_and_dtype(
 
 def test_equal_tensors_are_accepted(found: CheckpointHandle) -> None:
     check_fits(found, _state(TENSORS))
+
+
+def _learning(*, is_frozen: bool, has_moments: bool) -> TrainState:
+    """Return a state with a weight that is frozen or not, with or without its moments."""
+    slices = {"model.a": replace(Slice.whole(TENSORS["model.a"]), is_frozen=is_frozen)}
+    moments = ["optim.exp_avg.a", "optim.exp_avg_sq.a"] if has_moments else []
+    return TrainState(slices=slices | {name: Slice.whole(TENSORS["model.a"]) for name in moments})
+
+
+def test_moments_may_be_missing_only_where_the_weight_is_frozen(tmp_path: Path) -> None:
+    learning, frozen = _learning(is_frozen=False, has_moments=True), _learning(is_frozen=True, has_moments=False)
+    lost = _learning(is_frozen=False, has_moments=False)
+    handles = {}
+    for name, state in (("learning", learning), ("frozen", frozen), ("lost", lost)):
+        save(tmp_path / name, 5, state)
+        handles[name] = find(CheckpointFolder(tmp_path / name), 5)
+    for mine in (learning, frozen):
+        check_fits(handles["learning"], mine)
+        check_fits(handles["frozen"], mine)
+    with pytest.raises(CheckpointError, match=r"optim.exp_avg.a is not in it \(and 1 more differences\)"):
+        check_fits(handles["lost"], learning)
+    with pytest.raises(CheckpointError, match=r"it has optim.exp_avg.a, which this model does not"):
+        check_fits(handles["learning"], lost)
 
 
 @pytest.mark.parametrize(

@@ -39,3 +39,12 @@ def test_other_shares_of_other_text_do_not_disturb_the_order_of_a_domain() -> No
 def test_another_tokenizer_is_refused_with_other_text_too() -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.kind byte, the config has bpe"):
         check_belongs(WHERE, [NEW_PATH, Change("data.tokenizer.kind", "byte", "bpe")], may_read_other_text=True)
+
+
+def test_another_list_of_frozen_weights_says_what_becomes_of_moments() -> None:
+    change = Change("train.freeze", [], ["router"])
+    before_a_step, going_on = (check_belongs(WHERE, [change], goes_on=goes_on)[0] for goes_on in (False, True))
+    assert before_a_step == "train.freeze was [] in runs/a and is now [router]"
+    assert going_on.removeprefix(before_a_step) == (
+        "; weights that learn from here on start without moments, and those that no longer do lose theirs"
+    )

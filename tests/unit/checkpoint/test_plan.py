@@ -58,6 +58,11 @@ def test_experts_with_both_moments_are_accepted() -> None:
     assert plan_save([_with_moments()]).parts.keys() == _with_moments().keys()
 
 
+def test_frozen_experts_have_no_moments() -> None:
+    frozen = {"model.w": _with_moments()["model.w"]._replace(is_frozen=True)}
+    assert plan_save([frozen]).parts.keys() == frozen.keys()
+
+
 @pytest.mark.parametrize(
     ("held", "message"),
     [
