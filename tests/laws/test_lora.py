@@ -24,7 +24,7 @@ from trainer.prove.gather import gather_state
 
 STEPS, ROWS, SEQ_LEN, CLIP, RATE, DECAY = 3, 4, 8, 0.5, 5e-2, 0.1
 LORAS: dict[str, dict[str, Any]] = {
-    "everything": {"rank": 2, "alpha": 3.0},
+    "everything": {"rank": 3, "alpha": 3.0},
     "experts and routers": {"rank": 4, "targets": ["experts"], "trains": ["router"], "use_rslora": True},
     "attention": {"rank": 3, "targets": ["attention.qkv", "shared"]},
 }

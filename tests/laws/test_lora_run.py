@@ -1,6 +1,7 @@
 """Law: a run with adapters begins as its parent, resumes bit for bit, and leaves as the model that it computed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tests.builders import make_batch
 from tests.converted_runs import MOE, loaded, make_run, write_config
+from tests.foreign_models import make_foreign, save_foreign
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.cli import main
 from trainer.config.loader import load
@@ -72,11 +74,11 @@ def test_its_checkpoints_hold_moments_of_what_learns_only(runs: tuple[Path, Path
     assert all(tensors[name].is_of_experts for name in tensors if "_lora_" in name)
 
 
-def test_it_resumes_bit_for_bit(runs: tuple[Path, Path]) -> None:
-    parent, child = runs
+def test_it_resumes_bit_for_bit(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    parent, _ = runs
     half = adapt(parent, "half", ["train.steps=2", "schedule.kind=warmup_stable_decay"])
+    assert re.search(r"active, 0\.00\d+M \(\d+\.\d\d%\) learn", " ".join(capsys.readouterr().out.split()))
     whole = adapt(parent, "whole", ["train.steps=4", "schedule.kind=warmup_stable_decay"])
-    del child
     assert command("train", half, "train.steps=4") == 0
     one, other = (loaded(run).model.state_dict() for run in (half, whole))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -126,3 +128,20 @@ def test_a_run_without_adapters_does_not_begin_from_one_with_them(
     path = write_config(child.parents[1], "plain", MOE)
     assert command("train", path, f"init_from.run={child}") == 2
     assert "surgery merge-lora" in capsys.readouterr().err
+
+
+def test_neither_upcycling_nor_an_import_takes_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = {"num_experts": 4, "d_ff": 24}
+    dense = make_run(tmp_path, "dense", None)
+    new = write_config(tmp_path, "new", experts, lora={"rank": 2})
+    assert command("upcycle", dense, new) == 2
+    assert "model.lora: upcycling makes whole experts; leave it out" in capsys.readouterr().err
+    (tmp_path / "more").mkdir()
+    adapted = make_run(tmp_path / "more", "dense", None, lora={"rank": 2})
+    assert command("upcycle", adapted, write_config(tmp_path, "other", experts)) == 2
+    assert "has adapters; merge them into its weights first, by surgery merge-lora" in capsys.readouterr().err
+    save_foreign(tmp_path / "foreign", make_foreign("mixtral"))
+    theirs = {"num_experts": 4, "d_ff": 24, "router": {"kind": "top_k", "top_k": 2}}
+    path = write_config(tmp_path, "imported", theirs, lora={"rank": 2})
+    assert command("import", tmp_path / "foreign", path) == 2
+    assert "model.lora: an import writes what was published, which has no adapters; leave" in capsys.readouterr().err

@@ -75,6 +75,9 @@ def check_is_theirs(config: ExperimentConfig, where: str, folder: ForeignFolder,
     """Raise a ConfigError with a line for each key of `model` under which it computes something else than theirs."""
     mine, theirs = inference_values(config.model), inference_values(foreign.model)
     name, lines = shown_path(folder.path), []
+    if config.model.lora is not None:
+        remedy = "leave it out, and put adapters on the imported run by init_from in a run of its own"
+        lines.append(f"{where}: model.lora: an import writes what was published, which has no adapters; {remedy}")
     for key in {**mine, **theirs}:
         ours, other = mine.get(key), theirs.get(key)
         if ours != other and key not in _ANY_LENGTH:

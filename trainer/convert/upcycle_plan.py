@@ -66,6 +66,14 @@ def plan_upcycle(dense: ModelConfig, model: ModelConfig, options: UpcycleOptions
         raise ConfigError(
             f"model.moe: the run to upcycle has {dense.moe.num_experts} experts already; name a dense one"
         )
+    if dense.lora is not None:
+        raise ConfigError(
+            "model.lora: the run to upcycle has adapters; merge them into its weights first, by surgery merge-lora"
+        )
+    if model.lora is not None:
+        raise ConfigError(
+            "model.lora: upcycling makes whole experts; leave it out, and put adapters on the new run by init_from"
+        )
     moe = model.moe
     if moe is None:
         raise ConfigError("model.moe: is null in the new config, and upcycling makes experts; give it a moe section")

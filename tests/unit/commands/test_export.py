@@ -115,6 +115,28 @@ def test_a_run_that_cannot_be_exported_says_why(tmp_path: Path) -> None:
     assert dump(config) == run.config.read_text()
 
 
+def test_adapters_are_written_alone_or_merged(tmp_path: Path) -> None:
+    make_run(tmp_path, {**MODEL, "lora": {"rank": 2}})
+    code, printed, said = turnout("export", tmp_path / "runs/x", tmp_path / "out", "--adapter", "--base", "mine")
+    assert (code, said) == (0, "")
+    assert printed == (
+        f"{tmp_path / 'out'}: step 0 as adapters of mixtral for peft, 0.00M parameters in float32; load them on the "
+        "model that the run began with\n"
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    refused(tmp_path, 2, "out: exists", "--adapter")
+    code, printed, _ = turnout("export", tmp_path / "runs/x", tmp_path / "merged")
+    assert code == 0 and "as mixtral" in printed and "41 tensors equal ours" in printed
+
+
+def test_adapters_of_a_run_without_any_are_refused(workplace: Path) -> None:
+    refused(workplace, 2, "--adapter: the run has no adapters (model.lora: null); leave the option out", "--adapter")
+    refused(workplace, 2, "--base: names the model that adapters are of; use it with --adapter", "--base", "mine")
+
+
 def test_a_tokenizer_without_a_file_is_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ByteTokenizer, "files", lambda _: {})
     refused(workplace, 2, "data.tokenizer: ByteTokenizer has no tokenizer.json, which transformers reads")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.families.registry import choose_family
 from trainer.models.parameter_roles import is_adapter
 
+PeftModel = pytest.importorskip("peft").PeftModel
 LORA = {"rank": 3, "alpha": 2.0}
 PARTS = ["attention", "experts.w_out", "shared", "dense.w_in"]
 
@@ -27,7 +27,7 @@ PARTS = ["attention", "experts.w_out", "shared", "dense.w_in"]
 def options(config: ExperimentConfig) -> ExportOptions:
     family = choose_family(config.model)
     assert not isinstance(family, str), family
-    return ExportOptions(family=family)
+    return ExportOptions(family=family, gate="tensors")
 
 
 def adapter_options(config: ExperimentConfig, **more: Any) -> AdapterOptions:
