@@ -48,12 +48,6 @@ def match_tensors(
     return found
 
 
-def _remedy(source: str) -> str:
-    if is_adapter(source):
-        return "take a run with its adapters merged (surgery merge-lora RUN NAME), or set model.lora as there"
-    return f"leave it out by init_from.exclude: [{source}]"
-
-
 def _places(init: InitFromConfig, theirs: Iterable[str], where: str) -> dict[str, str]:
     """Return the name there of each tensor that is taken, by its name here.
 
@@ -105,8 +99,8 @@ def _check_patterns(init: InitFromConfig, theirs: Iterable[str], ours: Iterable[
 
 
 def _remedy(source: str) -> str:
-    if ".lora_" in source:  # without it the other model is the one before its adaptation
-        return "keep model.lora as it is there, or merge it first: turnout export, then init_from.hf"
+    if is_adapter(source):  # without it the other model is the one before its adaptation
+        return "keep model.lora as it is there, or merge it first: turnout surgery merge-lora RUN NAME"
     return f"leave it out by init_from.exclude: [{source}]"
 
 
