@@ -54,6 +54,13 @@ def test_a_small_model_keeps_latent_attention_with_widths_that_differ() -> None:
     assert latent is not None and (latent.q_lora_rank, latent.v_head_dim) == (None, 3)
 
 
+def test_a_small_model_has_rows_that_conversations_fit_into() -> None:
+    for kind, seq_len in (("chat", 512), ("jsonl", 32)):
+        data = {"sources": [{"kind": kind, "path": "a.jsonl"}], "packing": "bfd"}
+        config = ExperimentConfig.model_validate({"name": "x", "model": {"seq_len": 512}, "data": data})
+        assert shrink(config).model.seq_len == seq_len
+
+
 @pytest.mark.parametrize(
     ("layers", "num_layers", "expected"),
     [([10, 20], 4, [1, 3]), ([3, 4, 9], 3, [1, 2]), ([0, 5], 3, [0, 2]), ([0, 1, 2, 3], 2, [0, 1]), ([7], 2, [1])],
