@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,21 @@ def draw(number: int, folder: Path) -> Trial:
         try:
             config = ExperimentConfig.model_validate(values)
             config = _with_rates(random.Random(f"rates {number}"), config)
-            case = _layout(drawn, config)
+            case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
             apply_case(config, case)
-        except ValidationError:
+        except (ConfigError, ValidationError):  # as where the router of an adapted model has no weights
             continue
         if text == "one byte" and config.model.qk_norm and config.model.norm == "rms_plus_one":
             continue  # where keys are equal these weights get no gradient, so what started at 0 is rounding alone
         if not labels(config):
             return Trial(number, config, case, text)
+
+
+def _replays(drawn: random.Random, config: ExperimentConfig) -> bool:
+    """Draw whether the experts of a first training are replayed, if they can be."""
+    moe = config.model.moe
+    can_replay = moe is not None and moe.router.replays_experts and moe.router.recorded_k is not None
+    return can_replay and drawn.random() < 0.3
 
 
 def _packing(drawn: random.Random, text: str) -> str:

@@ -43,6 +43,7 @@ ONE_RANK_MORE: dict[str, dict[str, Any]] = {
     "a random second": {"router": {"kind": "gshard", "normalize": False}},
     "one raw score": {"router": {"kind": "switch"}},
     "cosines": {"router": {"kind": "cosine", "d_proj": 6}},
+    "dense layers between and after": {"layers": [1, 3]},
     "a plan of the sequence": {"router": {"kind": "sinkhorn"}},
 }
 LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
@@ -82,7 +83,10 @@ def _train(engine: StepEngine, choices: list[Tensor] | None, num_pieces: int) ->
 
 def _engine(moe: dict[str, Any], mesh: Mesh | None = None, **parallel: Any) -> StepEngine:
     section = ParallelConfig.model_validate(parallel)
-    return make_engine(tiny_model_config(moe), dtype=torch.float64, kernel="fused", mesh=mesh, parallel=section)
+    sizes = {"num_layers": 5} if "layers" in moe else {}
+    return make_engine(
+        tiny_model_config(moe, **sizes), dtype=torch.float64, kernel="fused", mesh=mesh, parallel=section
+    )
 
 
 def _same_bits(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -197,7 +197,8 @@ class GPT(nn.Module):
         for layer, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
             extend = None if extension is None else extension.layer(layer, window)
             mask = None if masks is None else masks[window]
-            x, stats = block(x, rotary, context.of_layer(len(moe)), mask, extend)
+            routing = context.of_layer(len(moe)) if isinstance(block.ffn, MoE) else context
+            x, stats = block(x, rotary, routing, mask, extend)
             if stats is not None:
                 moe.append(stats)
         return x, tuple(moe)

@@ -42,6 +42,8 @@ class Case:
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; None: those of a micro-batch."""
     recompute: Recompute = "none"
+    replays: bool = False
+    """Replay the experts that a first training under the same layout has chosen."""
 
     @property
     def name(self) -> str:
@@ -57,6 +59,7 @@ class Case:
         engine += ", deterministic" if self.deterministic else ""
         loss = "" if self.loss_chunk is None else f", loss by {self.loss_chunk}"
         again = "" if self.recompute == "none" else f", recompute {self.recompute}"
+        again += ", replayed" if self.replays else ""
         return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}{loss}{again}"
 
     @property
@@ -129,6 +132,8 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
                 cases.append(Case(**degrees, row_budget=budget, micro_batch_size=share))
             if ep_size == 4:
                 cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
+    if config.train.routing_replay is not None or config.metrics.routing_record is not None:
+        cases += [replace(case, replays=True) for case in cases if case.data == "replicate" and case.chunks == 1]
     return cases
 
 

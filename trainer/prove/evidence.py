@@ -1,13 +1,15 @@
 """Collect the evidence of one layout: every tensor of the first step, and the result of some more steps."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from trainer.checkpoint.state import TrainState
+from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
 from trainer.distributed.mesh import Mesh
@@ -66,34 +68,61 @@ class Evidence:
         return [int((ours - theirs).abs().sum()) // 2 for ours, theirs in pairs]
 
 
-def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
-    """Train some steps under a layout and collect the evidence. Collective."""
+def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int, replays: bool = False) -> Evidence:
+    """Train some steps under a layout and collect the evidence. Collective.
+
+    With `replays`, it is that of a second training, which replays the experts that the first one has chosen.
+    """
     device = torch.device("cpu")
     config = resolve_kernel(config, device)
     corpus = build_corpus(config.data, seq_len=config.model.seq_len)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
-    model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=lambda _: None)  # training shows it
-    engine = config.engine.build(model, config.optim, numerics(config), mesh)
-    assert isinstance(engine, StepEngine)
-    with closing(engine):
-        return _train(config, engine, stream, mesh, steps=steps)
+
+    def build() -> StepEngine:
+        model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=lambda _: None)  # training shows it
+        engine = config.engine.build(model, config.optim, numerics(config), mesh)
+        assert isinstance(engine, StepEngine)
+        return engine
+
+    steps_rows = [_micro_batches(config, stream, mesh, step) for step in range(steps)]
+    if replays:
+        with closing(build()) as engine:
+            steps_rows = _with_choices(config, engine, steps_rows)
+    with closing(build()) as engine:
+        return _train(config, engine, steps_rows, mesh)
 
 
-def _train(config: ExperimentConfig, engine: StepEngine, stream: TrainStream, mesh: Mesh, *, steps: int) -> Evidence:
+def _micro_batches(config: ExperimentConfig, stream: TrainStream, mesh: Mesh, step: int) -> list[Batch]:
+    """Return this rank's micro-batches of a step."""
+    return stream.micro_batches(
+        step * config.train.global_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.parallel.micro_batch_size,
+        rank=mesh.layout.rank,
+        world_size=mesh.layout.world_size,
+    )
+
+
+def _with_choices(
+    config: ExperimentConfig, engine: StepEngine, steps_rows: Sequence[Sequence[Batch]]
+) -> list[list[Batch]]:
+    """Train and return the micro-batches of each step with the experts that were chosen for them."""
+    schedule, found = config.schedule.build(total_steps=config.train.steps), list[list[Batch]]()
+    for step, batches in enumerate(steps_rows):
+        result = engine.train_step(batches, lr=schedule(step), return_experts=True)
+        pairs = zip(batches, result.experts, strict=True)
+        found.append([replace(batch, experts=experts) for batch, experts in pairs])
+    return found
+
+
+def _train(config: ExperimentConfig, engine: StepEngine, steps_rows: Sequence[Sequence[Batch]], mesh: Mesh) -> Evidence:
     schedule = config.schedule.build(total_steps=config.train.steps)
     evidence = Evidence(
         start=_weights(engine, mesh),
         adam_eps=getattr(config.optim, "eps", 1e-8),
         rate_factors=engine.rate_factors,
     )
-    for step in range(steps):
-        batches = stream.micro_batches(
-            step * config.train.global_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.parallel.micro_batch_size,
-            rank=mesh.layout.rank,
-            world_size=mesh.layout.world_size,
-        )
+    for step, batches in enumerate(steps_rows):
         gradient = engine.accumulate(batches)
         if step == 0:
             evidence.gradients = _whole(engine.gradients(), mesh)

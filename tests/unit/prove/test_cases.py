@@ -100,3 +100,14 @@ def test_a_small_model_recomputes_a_block_if_the_large_one_does(every: int, of_s
     small = shrink(ExperimentConfig.model_validate(values))
     assert small.model.num_layers == 2
     assert small.parallel.recompute == RecomputeEveryConfig(every=of_small)
+
+
+def test_a_config_that_records_or_replays_is_also_proved_with_replayed_experts() -> None:
+    values = {"name": "x", "train": {"global_batch_size": 4}}
+    plain = ExperimentConfig.model_validate(values)
+    recording = ExperimentConfig.model_validate({**values, "metrics": {"routing_record": {}}})
+    cases = all_cases(recording)
+    replayed = [case for case in cases if case.replays]
+    assert [case for case in cases if not case.replays] == all_cases(plain)
+    assert {(case.world_size, case.ep_size) for case in replayed} >= {(1, 1), (2, 2), (3, 1), (4, 2)}
+    assert len({case.name for case in cases}) == len(cases)
