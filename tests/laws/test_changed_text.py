@@ -62,8 +62,10 @@ def test_a_run_killed_after_the_change_of_text_ends_as_if_it_had_not_been(
     assert final_files(killed) == final_files(whole)
 
     ranks.run(2, _train, workplace, pair.name, how, 2)
+    undisturbed = final_files(pair)
     kill_after(pair, 9)
     ranks.run(2, _train, workplace, pair.name, how, 2)
+    assert final_files(pair) == undisturbed
     assert [loss for _, loss in losses(pair)] == pytest.approx([loss for _, loss in losses(whole)], rel=1e-5)
     record = json.loads((pair / "checkpoints/step_00000012/manifest.json").read_text())["run"]
     assert record["position"] == 72 and record["text"]["start"] == 36
