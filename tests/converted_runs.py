@@ -1,6 +1,7 @@
 """Tiny runs for tests of conversions, written in milliseconds: random weights, a text of a few sentences."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ def write_config(folder: Path, name: str, moe: dict[str, Any] | None, **model: A
     return path
 
 
-def make_run(folder: Path, name: str, moe: dict[str, Any] | None, *, seed: int = 0, **model: Any) -> Path:
+def make_run(
+    folder: Path, name: str, moe: dict[str, Any] | None, *, seed: int = 0, overrides: Sequence[str] = (), **model: Any
+) -> Path:
     """Write a run with initial weights of a seed; return its folder."""
-    config = load(write_config(folder, name, moe, **model), [f"seed={seed}"], ExperimentConfig)
+    config = load(write_config(folder, name, moe, **model), [f"seed={seed}", *overrides], ExperimentConfig)
     corpus = build_corpus(config.data)
     engine = new_engine(config, corpus.tokenizer, print)
     NewRun(config=config, engine=engine, corpus=corpus, parent=None, made_from={}).write()

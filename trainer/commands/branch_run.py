@@ -8,7 +8,7 @@ from typing import Final
 
 from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.commands.resolve import check_run_folder, existing_run
+from trainer.commands.resolve import check_run_folder, existing_run, recorded_config
 from trainer.config.check_packages import check_packages
 from trainer.config.dump import dump
 from trainer.config.nodes import shown
@@ -63,10 +63,24 @@ def branch_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunF
     config, parent = existing_run(options)
     check_packages(config)
     warnings = check_run_folder(parent, config)
+    _check_own_record(config, parent)
     config = config.model_copy(update={"name": options.branch, "init_from": None})  # it has a checkpoint
     beside = parent.path if parent.path.name not in ("", "..") else parent.path.resolve()
     branch = Branch(parent=parent, step=options.step, name=options.branch, config=dump(config))
     return config, RunFolder(beside.with_name(options.branch)), branch, warnings
+
+
+def _check_own_record(config: ExperimentConfig, parent: RunFolder) -> None:
+    """Refuse to record experts into the folder that the parent's record is in, which would be cut."""
+    record = config.metrics.routing_record
+    if record is None or record.path is None or not parent.config.is_file():
+        return
+    theirs = recorded_config(parent).metrics.routing_record
+    if theirs is not None and theirs.path == record.path:
+        raise ConfigError(
+            f"metrics.routing_record.path: {record.path} has the record of {parent.path}; name another folder, or set "
+            "metrics.routing_record.path=null"
+        )
 
 
 def wait_until_made(branch: Branch, final: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.converted_runs import make_run
+from tests.converted_runs import MOE, make_run
 from trainer import cli
 from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.run_folder import RunFolder
@@ -20,9 +20,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs/bare").mkdir()
     (folder / "runs/bare/config.yaml").write_bytes((folder / "runs/base/config.yaml").read_bytes())
     (folder / "runs/no_run").mkdir()
+    make_run(folder, "recorded", MOE, overrides=[RECORD])
     return folder
 
 
+RECORD = "metrics.routing_record={path: experts}"
 CASES = [
     (["runs/base", "--branch", "a/b"], 2, "--branch 'a/b': is not the name of a run; use letters, digits, "),
     (["runs/base", "--branch", ".."], 2, "--branch '..': is not the name of a run"),
@@ -41,6 +43,11 @@ CASES = [
         "was written with data.tokenizer.kind byte, the config has bpe",
     ),
     (["runs/base", "--branch", "new", "data.changed=again"], 2, "data.changed: "),
+    (
+        ["runs/recorded", "--branch", "new"],
+        2,
+        "runs/recorded; name another folder, or set metrics.routing_record.path=null",
+    ),
     (["runs/bare", "--branch", "new"], 4, "checkpoints: has no checkpoint; train first"),
     (["runs/no_run", "--branch", "new"], 4, "no_run: has no config.yaml, so it is not a run folder; train first"),
     (["runs/nothing", "--branch", "new"], 2, "runs/nothing: no such file, and no such run folder"),
@@ -64,7 +71,7 @@ def test_it_is_refused_and_nothing_is_written(
         cli.main([command, *arguments])
     said = capsys.readouterr().err
     assert (end.value.code, said.count("\n")) == (code, 1) and message in said
-    assert sorted(path.name for path in (workplace / "runs").iterdir()) == ["bare", "base", "no_run"]
+    assert sorted(path.name for path in (workplace / "runs").iterdir()) == ["bare", "base", "no_run", "recorded"]
 
 
 def test_another_machine_waits_until_the_first_has_made_the_run(
