@@ -26,6 +26,7 @@ TRAINER = Path(cli.__file__).parent
 RAW = {
     "terminal.py": 1,  # `print_safe` itself
     "training/generate_text.py": 3,  # generated text, which files and pipes get unchanged
+    "training/chat_terminal.py": 3,  # an answer, likewise, and ends of lines
     "commands/config.py": 2,  # YAML and JSON escape control characters themselves
     "commands/checkpoint.py": 2,  # JSON
     "commands/evaluate.py": 1,  # JSON
