@@ -11,13 +11,15 @@ import pytest
 
 from tests.converted_runs import MOE, make_run, write_config
 from tests.foreign_models import change_json, make_foreign, save_foreign
+from trainer.checkpoint.init_from import InitFromConfig
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.manifest_file import manifest_text, read_manifest
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.init_from_parent import find_first_weights
 from trainer.commands.resolve import run_folder_of
 from trainer.config.loader import load
-from trainer.errors import TurnoutError
+from trainer.convert.match_tensors import match_tensors
+from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 
 SECTIONS = {
@@ -195,3 +197,11 @@ def test_a_refusal_needs_no_torch(home: Path) -> None:
     said = done.stdout.splitlines()
     assert [line.endswith("use model.d_model: 16 False") for line in said] == [True, True], done.stdout + done.stderr
     assert not (home / "runs" / "y").exists()
+
+
+def test_adapters_that_would_be_lost_are_named_with_what_keeps_them() -> None:
+    init, theirs = InitFromConfig(run="runs/a"), ["attention.qkv.weight", "attention.qkv.lora_a"]
+    with pytest.raises(ConfigError, match="or merge it first: turnout surgery merge-lora"):
+        match_tensors(init, theirs, theirs[:1], born_here=(), where="runs/a")
+    found = match_tensors(init, theirs[:1], theirs, born_here=theirs[1:], where="runs/a")
+    assert found == {"attention.qkv.weight": "attention.qkv.weight", "attention.qkv.lora_a": None}
