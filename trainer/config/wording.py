@@ -68,6 +68,10 @@ def unknown_key(
         return f"unknown key; dots are for overrides: write {nested}{last}: ...{'}' * (first.count('.') + 1)}"
     if (meant := foreign.counterpart(key, where)) is not None and (not meant.key or slots.at(root, meant.key)):
         return f"unknown key; {meant}"
+    if similar := next(
+        (name for name in _keys(section, node) if name.removesuffix("s") == key.removesuffix("s")), None
+    ):
+        return f"unknown key; did you mean {similar}?"
     elsewhere = _elsewhere(key, homes)
     if elsewhere == [key]:
         return f"unknown key; {key} belongs to the top level"
@@ -117,7 +121,7 @@ def _elsewhere(key: str, homes: dict[str, tuple[str, ...]]) -> list[str]:
 
 def _near_key(key: str, section: type[Config], root: type[Config], node: Node | None) -> str | None:
     """Return a very similar key of the section, else one of a single other section, else a similar key."""
-    here = [name for name, field in section.model_fields.items() if _may_be_under(node, [field.annotation])]
+    here = _keys(section, node)
     if similar := near(key, here, cutoff=0.8):
         return similar
     only = {name: f"{where[0]}.{name}".lstrip(".") for name, where in slots.homes(root).items() if len(where) == 1}
@@ -125,6 +129,11 @@ def _near_key(key: str, section: type[Config], root: type[Config], node: Node | 
     if similar := near(key, elsewhere, cutoff=0.85):
         return only[similar]
     return near(key, here, cutoff=0.7)
+
+
+def _keys(section: type[Config], node: Node | None) -> list[str]:
+    """Return the keys of a section that a value may be intended for."""
+    return [name for name, field in section.model_fields.items() if _may_be_under(node, [field.annotation])]
 
 
 def _may_be_under(node: Node | None, annotations: list[Any]) -> bool:
