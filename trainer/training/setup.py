@@ -250,8 +250,8 @@ def write_run_folder(run: RunState, checkpoint: CheckpointHandle | None, device:
                     "tasks": {task.name: {"fingerprint": task.fingerprint, **task.signatures} for task in run.tasks},
                 }
             )
-    recorder.enter("resuming the routing record")
     if run.recorder is not None:
+        recorder.enter("resuming the routing record")
         run.recorder.begin(run.start_step)
     recorder.enter("resuming the logs")
     if run.logs is not None:
