@@ -66,9 +66,9 @@ NEVER_THERE = {
     "phase.resuming_the_routing_record", "phase.recording_experts", "phase.writing_the_routing_record",
     "phase.finishing_the_routing_record", "routing_record.written", "routing_record.before_manifest",
 }  # fmt: skip
-"""Only where a loss or gradient is not finite, with `init_from` (tests/unit/convert/test_init_weights.py), with `--branch`
-(tests/unit/checkpoint/test_branch.py), or with `metrics.routing_record` (tests/unit/routing_record/test_record_reader.py,
-tests/unit/training/test_routing_recorder.py)."""
+"""Only where a loss or gradient is not finite, with `init_from` (tests/unit/convert/test_init_weights.py), with
+`--branch` (tests/unit/checkpoint/test_branch.py), or with `metrics.routing_record`
+(tests/unit/routing_record/test_record_reader.py, tests/unit/training/test_routing_recorder.py)."""
 POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
 
 
