@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem, repeated
+from trainer.config.nodes import shown
 from trainer.config.numbers import Whole
 from trainer.models.parameter_patterns import PatternText, unknown_role
 
@@ -47,7 +48,7 @@ class InitFromConfig(Config):
         if self.parts != "weights" and self.hf is not None:
             yield Problem("parts", f"{self.parts}, and a published model has no optimizer state; use weights")
         for pattern in repeated(self.exclude):
-            yield Problem("exclude", f"{pattern} is named twice; name it once")
+            yield Problem("exclude", f"{shown(pattern)} is named twice; name it once")
         for problem in filter(None, map(unknown_role, self.exclude)):
             yield Problem("exclude", problem)
         for old, new in self.rename.items():

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.config.base import Config, Problem, repeated
+from trainer.config.nodes import shown
 from trainer.config.numbers import Factor, Width
 from trainer.config.wording import near
 from trainer.models.parameter_patterns import PatternText, unknown_role
@@ -52,7 +53,7 @@ class LoRAConfig(Config):
     def problems(self) -> Iterator[Problem]:
         """Check that each target is given once, and the roles of what else learns."""
         for target in repeated(self.targets or ()):
-            yield Problem("targets", f"{target} is listed twice; list each target once")
+            yield Problem("targets", f"{shown(target)} is listed twice; list each target once")
         for index, entry in enumerate(self.trains):
             if (wrong := unknown_role(entry)) is not None:
                 yield Problem(f"trains.{index}", wrong)

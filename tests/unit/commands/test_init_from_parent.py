@@ -30,7 +30,7 @@ SECTIONS = {
     "{hf: a, parts: weights+optimizer}": "a published model has no optimizer state; use weights",
     "{run: a, parts: all}": "init_from.parts",
     "{run: a, exclude: [routr]}": "routr is not a role of weights; did you mean router?",
-    "{run: a, exclude: [head, head]}": "head is named twice; name it once",
+    "{run: a, exclude: [head, head]}": "'head' is named twice; name it once",
     "{run: a, exclude: ['../x']}": "init_from.exclude",
     "{run: a, rename: {'blocks.0': 'blocks.*'}}": "blocks.0: blocks.* has more * than it",
     "{run: a, step: -1}": "init_from.step",

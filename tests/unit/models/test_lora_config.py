@@ -50,7 +50,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a target twice": (
         MOE,
         {"targets": ["experts", "experts"]},
-        "targets: experts is listed twice; list each target once",
+        "targets: 'experts' is listed twice; list each target once",
     ),
     "a role of others": (MOE, {"trains": ["norm"]}, "trains.0: norm is not a role of weights; did you mean norms?"),
     "dropout": (MOE, {"dropout": 0.1}, "Extra inputs are not permitted"),
