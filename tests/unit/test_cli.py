@@ -3,6 +3,8 @@
 import argparse
 import platform
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,20 @@ COMMANDS = {command.prog: command for command in commands(command_line())}
 def test_there_are_all_commands() -> None:
     assert {"turnout train", "turnout eval", "turnout generate", "turnout checkpoint prune"} <= COMMANDS.keys()
     assert len(COMMANDS) == 36
+
+
+def test_ctrl_c_before_there_is_a_command_is_one_line() -> None:
+    code = """if True:
+        import runpy, sys
+        class Interrupted:
+            def find_spec(self, name, path=None, target=None):
+                if name == "trainer.commands":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupted())
+        runpy.run_module("trainer", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -50,6 +50,11 @@ def check_belongs(
             warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}{meaning}")
     if refused:
         raise ConfigError("\n".join(refused))
+    if goes_on and any(key.partition(".")[0] == "init_from" and new not in (None, ABSENT) for key, _, new in changes):
+        warnings.append(
+            f"init_from is not what it was in {folder.path}, and is not read: the run has weights of its own and goes "
+            "on from them; use a new name=... to begin with others"
+        )
     keys = [change.key for change in changes]
     if may_read_other_text and any(map(_TEXT_KEYS.fullmatch, keys)):  # the run says so when it has read the text
         keys = [key for key in keys if not _SHARE_KEYS.fullmatch(key)]

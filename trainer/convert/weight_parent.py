@@ -22,6 +22,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.families.expressible import inference_values
 from trainer.models.config import ModelConfig
+from trainer.models.lora_config import LoRAConfig
 
 _STEP: Final = re.compile(r"step_([0-9]{8,18})")
 _FREE: Final = ("moe.num_experts", "moe.router.top_k", "lora")
@@ -187,7 +188,7 @@ def check_models(init: InitFromConfig, parent: RunParent | PublishedParent, mode
             f"init_from: model.d_model is {model.d_model}, and {where} has {parent.model.d_model}: weights of another "
             f"width cannot be taken; use model.d_model: {parent.model.d_model}"
         )
-    lines, notes = [], []
+    lines, notes = [], _adapter_notes(where, parent.model.lora, model.lora)
     different = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
     followed = {key for cause, keys in _FOLLOWING.items() if cause in different for key in keys}
     for key in different:
@@ -202,6 +203,14 @@ def check_models(init: InitFromConfig, parent: RunParent | PublishedParent, mode
     if lines:
         raise ConfigError("\n".join(lines))
     return notes
+
+
+def _adapter_notes(where: str, theirs: LoRAConfig | None, ours: LoRAConfig | None) -> list[str]:
+    """Return a note if adapters that are taken over are multiplied by another factor than they were trained with."""
+    if theirs is None or ours is None or ours.scale == theirs.scale:
+        return []
+    factors = f"{ours.scale:g}, and the adapters of {where} were trained with {theirs.scale:g}"
+    return [f"the factor of model.lora (alpha, rank, use_rslora) is {factors}"]
 
 
 def _other_kind(where: str, *, is_moe: bool) -> str:

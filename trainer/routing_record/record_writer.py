@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import fault_injection
-from trainer.atomic_io import sync_folder
-from trainer.config.nodes import shown_path
+from trainer.atomic_io import replace_file, sync_folder
+from trainer.config.nodes import shown, shown_path
 from trainer.data.tokenizers.base import token_dtype
-from trainer.errors import DataError, ResourceError
+from trainer.errors import ConfigError, DataError, ResourceError
 from trainer.routing_record.record_manifest import (
     RECORD_MANIFEST,
     ModelFacts,
@@ -27,6 +27,8 @@ from trainer.routing_record.record_manifest import (
 )
 
 _MAX_BUFFERED_BYTES = 256 << 20
+_RUN_ID = "run_id"
+"""File with the id of the training run that records into a folder."""
 _NAME = re.compile(r"(?:step(\d{9})-)?(\d{6})-rank(\d{4})\.safetensors")
 
 
@@ -150,6 +152,33 @@ def finish_record(folder: Path, facts: RecordFacts) -> RecordManifest:
     except OSError as error:
         raise ResourceError(f"{shown_path(folder)}: cannot be written: {error.strerror or error}") from None
     return finished
+
+
+def claim_record_folder(folder: Path, run_id: str, *, is_in_run: bool) -> None:
+    """Note in a folder which run records into it, so that no other one removes or continues what is there.
+
+    A folder that `is_in_run`, the run's own, needs no note: it went with the run if that was copied or branched.
+
+    Raises:
+        ConfigError: if the folder has the record of another run, or other files.
+        ResourceError: if the disk refuses.
+    """
+    note = folder / _RUN_ID
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = note.read_bytes()[:100].decode("utf-8", "replace").strip() if note.is_file() else None
+        if not is_in_run and owner != run_id and any(folder.iterdir()):
+            what = "has files of others" if owner is None else f"is the record of another run ({shown(owner)})"
+            raise ConfigError(
+                f"metrics.routing_record.path: {shown_path(folder)} {what}, which recording would change; name a "
+                "folder of its own for each run"
+            )
+        if owner != run_id:
+            replace_file(note, f"{run_id}\n")
+    except OSError as error:
+        raise ResourceError(
+            f"metrics.routing_record: {shown_path(folder)}: cannot be written: {error.strerror or error}"
+        ) from None
 
 
 def keep_recorded_steps(folder: Path, *, up_to: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from trainer.checkpoint.identity import recorded_id
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.batches.batch import Batch
 from trainer.data.corpus import Corpus
@@ -18,7 +19,13 @@ from trainer.models.generation import ReadTokens
 from trainer.routing_record.record_batches import record_rows
 from trainer.routing_record.record_manifest import ModelFacts, Origin, RecordFacts, TrainedRows
 from trainer.routing_record.record_reader import RoutingRecord
-from trainer.routing_record.record_writer import RecordWriter, RoutedSequence, finish_record, keep_recorded_steps
+from trainer.routing_record.record_writer import (
+    RecordWriter,
+    RoutedSequence,
+    claim_record_folder,
+    finish_record,
+    keep_recorded_steps,
+)
 from trainer.routing_record.replayed_rows import ReplayedRows, check_same_model
 from trainer.routing_record.sequence_rows import RecordedSequences
 
@@ -26,8 +33,8 @@ from trainer.routing_record.sequence_rows import RecordedSequences
 class RoutingRecorder:
     """Records the experts of this rank's rows, in files that end where checkpoints are saved."""
 
-    def __init__(self, folder: Path, facts: RecordFacts, mesh: Mesh, *, every: int) -> None:
-        self._folder, self._facts, self._mesh, self._every = folder, facts, mesh, every
+    def __init__(self, folder: Path, run: RunFolder, facts: RecordFacts, mesh: Mesh, *, every: int) -> None:
+        self._folder, self._run, self._facts, self._mesh, self._every = folder, run, facts, mesh, every
         rank = mesh.layout.rank
         self._writer = RecordWriter(folder, facts.model, vocab_size=facts.vocab_size, rank=rank)
 
@@ -40,12 +47,18 @@ class RoutingRecorder:
         path = folder.routing_record if section.path is None else Path(section.path)
         facts = facts_of(config, corpus.tokenizer, origin="train", domains=corpus.domains)
         facts = facts.model_copy(update={"rows": trained_rows(config, corpus)})
-        return cls(path, facts, mesh, every=section.every)
+        return cls(path, folder, facts, mesh, every=section.every)
 
     def begin(self, start_step: int) -> None:
-        """Remove what was recorded after the step that the run goes on from. Collective."""
+        """Remove what was recorded after the step that the run goes on from. Collective.
+
+        Raises:
+            ConfigError: if another run records into the folder.
+        """
         with raise_together(self._mesh.world):
             if self._mesh.layout.rank == 0:
+                is_in_run = self._folder.absolute() == self._run.routing_record.absolute()
+                claim_record_folder(self._folder, recorded_id(self._run) or "", is_in_run=is_in_run)
                 keep_recorded_steps(self._folder, up_to=start_step)
 
     def is_due(self, done: int) -> bool:

@@ -37,7 +37,7 @@ def training_template(config: ExperimentConfig, folder: RunFolder, tokenizer: To
     Once there is a checkpoint it is the one in the run folder, whatever becomes of the file that it came from.
 
     Raises:
-        CheckpointError: if that file has another template now.
+        CheckpointError: if the config names another template now, or that file has another one.
         ChatTemplateError: if the template cannot be read.
     """
     if not trains_on_chats(config):
@@ -96,11 +96,12 @@ def chat_encoder(config: ExperimentConfig, template: ChatTemplate, tokenizer: To
 
 
 def _given(config: ExperimentConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the template in the file that the config names; None if it is gone, or ours."""
+    """Return the template that the config names; None if its file is gone, or it names none."""
     section, beside = config.data.chat_template, folder_of(config.data.tokenizer)
     if section.path is not None and not Path(section.path).exists():
         return None
-    if section.path is None and (section.builtin is not None or beside is None or template_in(beside) is None):
+    is_named = section.path is not None or section.builtin is not None
+    if not is_named and (beside is None or template_in(beside) is None):
         return None
     return find_template(section, config.data.tokenizer, tokenizer)
 

@@ -48,3 +48,12 @@ def test_another_list_of_frozen_weights_says_what_becomes_of_moments() -> None:
     assert going_on.removeprefix(before_a_step) == (
         "; weights that learn from here on start without moments, and those that no longer do lose theirs"
     )
+
+
+def test_another_init_from_is_not_read_once_there_are_weights() -> None:
+    changes = [Change("init_from.run", "runs/x", "runs/y"), Change("init_from.step", None, 3)]
+    [said] = check_belongs(WHERE, changes)
+    assert said.startswith("init_from is not what it was in runs/a, and is not read")
+    assert len(check_belongs(WHERE, [Change("init_from", None, {"run": "runs/y"})])) == 1
+    assert check_belongs(WHERE, changes, goes_on=False) == [], "it will be read"
+    assert check_belongs(WHERE, [Change("init_from", {"run": "runs/y"}, None)]) == [], "its parent may be removed"

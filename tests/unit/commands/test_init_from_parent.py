@@ -171,6 +171,23 @@ def test_a_parent_that_cannot_be_one_is_refused_before_anything_is_written(
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == before
 
 
+def test_adapters_that_count_otherwise_are_told_of(home: Path, tmp_path: Path) -> None:
+    """Under another factor the same adapters are another model."""
+    parent = make_run(tmp_path, "adapted", MOE, lora={"rank": 2, "alpha": 8.0})
+    told: dict[str, list[str]] = {}
+    for lora in ("{rank: 2, alpha: 8}", "{rank: 2, alpha: 2}", "{rank: 2, alpha: 8, use_rslora: true}"):
+        options = [f"init_from.run={parent}", f"model.lora={lora}", "name=x"]
+        config = load(write_config(tmp_path, "x", MOE), options, ExperimentConfig)
+        first = find_first_weights(config, run_folder_of(config))
+        assert first is not None
+        told[lora] = []
+        first.verify(warn=told[lora].append)
+    same, smaller, of_root = told.values()
+    assert same == []
+    assert len(smaller) == 1 and "use_rslora) is 1, and the adapters of" in smaller[0] and "with 4" in smaller[0]
+    assert len(of_root) == 1 and "is 5.65685, and the adapters of" in of_root[0]
+
+
 def test_a_run_that_is_being_trained_is_refused_unless_its_step_is_named(home: Path, tmp_path: Path) -> None:
     parent = RunFolder(home / "runs" / "experts")
     path = write_config(tmp_path, "x", MOE)

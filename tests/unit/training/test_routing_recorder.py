@@ -15,7 +15,7 @@ from trainer.config.loader import load
 from trainer.console.console import Console
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.signals import StopRequest
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError, ResourceError
 from trainer.experiment import ExperimentConfig
 from trainer.routing_record.record_reader import RoutingRecord
 from trainer.status import StatusFile
@@ -111,6 +111,26 @@ def test_a_run_that_is_resumed_records_each_row_once(recorded: Path) -> None:
     shutil.copytree(folder, recorded / "runs/e")
     shutil.rmtree(recorded / "runs/e/checkpoints/step_00000004")
     _same(_state(_run(recorded, "name=e", REPLAY)), _state(again))
+
+
+def test_the_record_of_another_run_is_never_changed(recorded: Path) -> None:
+    """Neither by a run that names its folder, nor by a branch that names the folder of its parent."""
+    folder, place = recorded / "runs/a/routing_record", "metrics.routing_record={path: runs/a/routing_record}"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"routing_record is the record of another run \('[0-9a-f]+'\), which recor"):
+        _run(recorded, "name=j", place)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    of_others = recorded / "of_others"
+    of_others.mkdir()
+    (of_others / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="of_others has files of others"):
+        _run(recorded, "name=k", f"metrics.routing_record={{path: {of_others}}}")
+    with pytest.raises(ResourceError, match="cannot be written"):
+        _run(recorded, "name=l", f"metrics.routing_record={{path: {recorded}/text.jsonl/x}}")
+    own = f"metrics.routing_record={{path: {recorded}/own}}"
+    _run(recorded, "name=m", own, "train.steps=2")
+    assert _run(recorded, "name=m", own).start_step == 2, "it goes on in its own"
+    assert RoutingRecord(recorded / "own").num_sequences == 20
 
 
 def _on_ranks(folder: Path) -> None:

@@ -43,6 +43,15 @@ def test_a_run_keeps_its_template_when_the_file_is_gone(folder):
         training_template(config, folder, TOKENIZER)
 
 
+def test_a_run_does_not_go_on_under_a_builtin_template_that_is_not_its_own(folder):
+    Path("t.jinja").write_text("{{ messages[0].content }}")
+    save_template(config_of(chat_template={"path": "t.jinja"}), folder, TOKENIZER)
+    with pytest.raises(CheckpointError, match="is the chat template of this run, and the builtin template byte is ano"):
+        training_template(config_of(chat_template={"builtin": "byte"}), folder, TOKENIZER)
+    with pytest.raises(DataError, match="chatml needs a tokenizer with the special tokens"):
+        training_template(config_of(chat_template={"builtin": "chatml"}), folder, TOKENIZER)
+
+
 def test_a_run_without_a_checkpoint_reads_the_file(folder, monkeypatch):
     config = config_of(chat_template={"path": "t.jinja"})
     Path("t.jinja").write_text("{{ messages[0].content }}")
