@@ -62,7 +62,7 @@ class Config(BaseModel):
         strict=True,
         validate_default=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        defer_build=True,  # most sections of a file are left out, and every start of a rank reads one
     )
 
     old_names: ClassVar[Mapping[str, Renamed]] = {}

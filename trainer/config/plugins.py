@@ -55,6 +55,12 @@ def kinds(section: type[Config]) -> tuple[str, ...]:
     return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
+def _core_schema_of(section: type[Config]) -> CoreSchema:
+    """Return pydantic's schema of a section, which is built when it is first needed."""
+    section.model_rebuild()
+    return section.__pydantic_core_schema__
+
+
 class Pluggable:
     """Annotation of a union of sections that accepts plug-ins as further kinds."""
 
@@ -129,7 +135,7 @@ class Pluggable:
         options = found.get("oneOf", [found])
         for name in self.names():
             try:
-                section = handler(self.section(name).__pydantic_core_schema__)
+                section = handler(_core_schema_of(self.section(name)))
             except (PluginError, ValidationError):
                 continue
             options.append({"allOf": [section], "properties": {"kind": {"const": name}}, "required": ["kind"]})
@@ -249,5 +255,5 @@ def _path_of(name: str, group: str) -> str:
 def _validator(section: type[KindConfig], kind: str) -> SchemaValidator:
     """Return a validator of one section whose errors include the kind, like those of a union of built-in kinds."""
     return SchemaValidator(
-        core_schema.tagged_union_schema({kind: section.__pydantic_core_schema__}, discriminator="kind")
+        core_schema.tagged_union_schema({kind: _core_schema_of(section)}, discriminator="kind")
     )

@@ -1,7 +1,15 @@
 """JSON schema of a configuration, for completion and error marks in editors."""
 
+import ast
+import inspect
 import json
+import textwrap
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import ModelSchema
 
 from trainer.config.base import Config
 
@@ -16,7 +24,7 @@ def json_schema(root: type[Config]) -> dict[str, Any]:
 
     A required key may also come from a base file. Rules between keys are not in the schema.
     """
-    schema = _simplified(root.model_json_schema())
+    schema = _simplified(root.model_json_schema(schema_generator=_WithDocstrings))
     required = schema.pop("required", [])
     alternatives = {"anyOf": [{"required": required}, {"required": ["base"]}]} if required else {}
     return {
@@ -31,6 +39,41 @@ def json_schema(root: type[Config]) -> dict[str, Any]:
 def schema_text(root: type[Config]) -> str:
     """Return the schema as JSON text."""
     return json.dumps(json_schema(root), indent=2) + "\n"
+
+
+class _WithDocstrings(GenerateJsonSchema):
+    """Generator that describes each key by the docstring under it.
+
+    pydantic would read these whenever a class is made: a quarter of the time that reading a config takes.
+    """
+
+    def model_schema(self, schema: ModelSchema) -> JsonSchemaValue:
+        """Return the schema of a section."""
+        section = super().model_schema(schema)
+        parents = [parent for parent in reversed(schema["cls"].__mro__) if issubclass(parent, Config)]
+        texts = dict(declared for parent in parents for declared in _declared_keys(parent))
+        for key, text in texts.items():
+            if text is not None:
+                section["properties"][key]["description"] = text
+        return section
+
+
+def _declared_keys(section: type[Config]) -> Iterator[tuple[str, str | None]]:
+    """Yield each key that a class declares, and the docstring under it."""
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    except OSError:  # a plug-in whose source is not at hand
+        return
+    assert isinstance(definition, ast.ClassDef)
+    for statement, after in pairwise([*definition.body, ast.Pass()]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            match after:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    docstring = inspect.cleandoc(text)
+                case _:
+                    docstring = None
+            if statement.target.id in section.model_fields:
+                yield statement.target.id, docstring
 
 
 def _simplified(schema: Any) -> Any:
