@@ -254,6 +254,4 @@ def _path_of(name: str, group: str) -> str:
 @cache
 def _validator(section: type[KindConfig], kind: str) -> SchemaValidator:
     """Return a validator of one section whose errors include the kind, like those of a union of built-in kinds."""
-    return SchemaValidator(
-        core_schema.tagged_union_schema({kind: _core_schema_of(section)}, discriminator="kind")
-    )
+    return SchemaValidator(core_schema.tagged_union_schema({kind: _core_schema_of(section)}, discriminator="kind"))
