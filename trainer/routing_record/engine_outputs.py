@@ -18,6 +18,7 @@ An engine never reads the last token that it writes, so there are experts of all
 import base64
 import io
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +139,7 @@ def _decoded(text: str, shapes: _Shapes) -> NDArray[Any]:
     """Return the array in base64: of a .npy file, or flat int32 of one of the shapes that an engine gives."""
     content = base64.b64decode(text, validate=True)
     if content.startswith(b"\x93NUMPY"):
+        _check_npy_size(content)
         return np.load(io.BytesIO(content), allow_pickle=False)
     flat = np.frombuffer(content, "<i4")
     for layers in (shapes.all_layers, shapes.moe_layers):
@@ -148,6 +150,17 @@ def _decoded(text: str, shapes: _Shapes) -> NDArray[Any]:
         f"{len(flat)} numbers are not those of {shapes.num_tokens - 1} or {shapes.num_tokens} tokens in "
         f"{shapes.moe_layers} or {shapes.all_layers} layers, {shapes.top_k} each"
     )
+
+
+def _check_npy_size(content: bytes) -> None:
+    """Raise a ValueError if the header of a .npy file promises more than there is: numpy would allocate it first."""
+    stream = io.BytesIO(content)
+    is_first_version = np.lib.format.read_magic(stream) == (1, 0)
+    read_header = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    promised, found = prod(shape) * dtype.itemsize, len(content) - stream.tell()
+    if promised != found:
+        raise ValueError(f"its header says {promised} bytes, and there are {found}")
 
 
 def _of_model(array: NDArray[np.int64], where: str, model: ModelFacts, num_layers: int) -> NDArray[np.int64]:

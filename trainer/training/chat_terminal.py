@@ -161,6 +161,8 @@ class ChatTerminal:
                 file.write(("" if ends_with_line else "\n") + self._session.as_row())
         except OSError as error:
             self._warn(f"{shown_path(path)}: cannot be written: {error.strerror}")
+        except ValueError as error:  # U+0000
+            self._warn(f"{shown_path(path)}: cannot be written: {error}")
         else:
             self._warn(f"added to {shown_path(path)}")
 

@@ -49,8 +49,18 @@ def _flat(count: int) -> str:
     return base64.b64encode(np.zeros(count, np.int32).tobytes()).decode()
 
 
+def _npy(header: str) -> str:
+    return base64.b64encode(b"\x93NUMPY\x01\x00v\x00" + header.ljust(117).encode() + b"\n").decode()
+
+
 BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no experts": (_without("routed_experts"), "has no routed_experts; start the engine with"),
+    "a small file that asks for much memory": (
+        lambda v: v.update(
+            routed_experts=_npy("{'descr': '<i4', 'fortran_order': False, 'shape': (99999999999, 3, 2), }")
+        ),
+        "its header says 2399999999976 bytes, and there are 0",
+    ),
     "no ids": (_without("token_ids"), "has no token_ids or output_ids; add the ids"),
     "text for ids": (lambda v: v.update(token_ids="it was"), "token_ids is no list of token ids; give ids, not text"),
     "no token": (lambda v: v.update(token_ids=[], prompt_token_ids=[]), "has no token; remove it"),

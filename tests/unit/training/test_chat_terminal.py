@@ -124,6 +124,9 @@ def test_a_chat_through_a_pipe(
     out, notices = capsys.readouterr()
     assert out == "".join(f"{answer}\n" for answer in answers)
     assert "not trained on chats" not in notices
+    piped([str(run)], "/save a\0b\n/save .\nHello\n", monkeypatch)  # and the chat goes on
+    out, notices = capsys.readouterr()
+    assert out == f"{answers[0]}\n" and notices.count("cannot be written: ") == 2
 
 
 def test_a_run_that_knows_no_chats_is_named(
