@@ -100,6 +100,18 @@ def test_merged_it_computes_the_same_and_learns_as_a_whole(
     assert command("train", merged) == 0
 
 
+def test_what_names_adapters_alone_is_left_out_of_the_merged_run(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As LoRA+ has it: a rate for B, and what is frozen besides."""
+    plus = ["train.lr_scale={'*lora_b': 16, router: 0.5}", "train.freeze=['*lora_a', '!blocks.0.*']", "train.steps=2"]
+    child = adapt(runs[0], "plus", plus)
+    assert command("surgery", "merge-lora", child, "plus-merged") == 0
+    assert "are without *lora_a, *lora_b: those weights are gone" in capsys.readouterr().out
+    train_section = load_run(child.parent / "plus-merged").config.train
+    assert list(train_section.freeze) == [] and train_section.lr_scale == {"router": 0.5}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

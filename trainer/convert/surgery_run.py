@@ -11,6 +11,7 @@ from trainer.convert.average_weights import average_weights
 from trainer.convert.change_experts import change_experts
 from trainer.convert.changed_run import ChangedRun, open_text, write_changed
 from trainer.convert.first_record import check_is_new
+from trainer.convert.gone_weights import without_gone_weights
 from trainer.convert.layer_traces import trace_layers, training_text
 from trainer.convert.loaded_run import WeightSource, load_weights, new_engine
 from trainer.convert.merge_adapters import merge_adapters
@@ -53,6 +54,7 @@ def operate(
         sources = [WeightSource.find(old_config, folder, step=step, warn=console.warning) for folder, step in runs]
         newest = max((s for s in sources if s.folder is runs[0][0]), key=lambda source: source.checkpoint.step)
         run = load_weights(newest, warn=console.warning)
+        config, gone = without_gone_weights(config, run.model)
         corpus = open_text(config, run.tokenizer, console)
         engine = new_engine(config, run.tokenizer, console.warning)
         if isinstance(surgery, AverageRuns):
@@ -70,5 +72,5 @@ def operate(
         parents = [newest, *(source for source in sources if source is not newest)]
         made_from = {"command": f"surgery {surgery.verb}", "options": asdict(surgery), "tokens": num_tokens}
         return write_changed(
-            config, engine, corpus, before=run.engine, parents=parents, made_from=made_from, notes=notes
+            config, engine, corpus, before=run.engine, parents=parents, made_from=made_from, notes=[*notes, *gone]
         )
