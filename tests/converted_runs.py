@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.atomic_io import replace_file
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
 from trainer.convert.loaded_run import LoadedRun, WeightSource, load_weights, new_engine
@@ -31,7 +32,7 @@ def write_config(folder: Path, name: str, moe: dict[str, Any] | None, **model: A
         "parallel": {"micro_batch_size": 4, "device": "cpu"},
     }
     path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(values))
+    replace_file(path, json.dumps(values))  # several ranks may write and read it at the same time
     return path
 
 

@@ -485,8 +485,8 @@ def test_a_reader_that_leaves_ends_the_output_and_not_with_a_traceback(workplace
     assert run(workplace, "train", "tiny.yaml", "train.steps=5").returncode == 0
     generate = " ".join(_command("generate", "runs/tiny", "--max-tokens", "3000"))
     piped = ["bash", "-c", f"set -o pipefail; {generate} | head -c 10"]
-    result = subprocess.run(piped, cwd=workplace, env=_environment(), capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0 and result.stderr == ""
+    result = subprocess.run(piped, cwd=workplace, env=_environment(), capture_output=True, timeout=100)
+    assert result.returncode == 0 and result.stderr == b"" and len(result.stdout) == 10
 
 
 def test_a_model_that_does_not_fit_is_exit_7(workplace: Path) -> None:

@@ -62,6 +62,7 @@ def test_the_wheel_holds_the_package_its_configs_and_schema_and_nothing_else(whe
     assert names - configs == {
         *modules,
         "trainer/config/foreign_names.toml",
+        *(f"trainer/data/chat/templates/{name}.jinja" for name in ("byte", "chatml")),
         "trainer/py.typed",
         *(name for name in names if name.startswith("turnout-") and ".dist-info/" in name),
     }

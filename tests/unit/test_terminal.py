@@ -24,6 +24,7 @@ STEERS = "a\x1b[2J\x07\r\x9b\u202eb\u2028c"
 SHOWN = "a\ufffd[2J\ufffd\ufffd\ufffd\ufffdb\ufffdc"
 TRAINER = Path(cli.__file__).parent
 RAW = {
+    "__main__.py": 1,  # one word, before anything is imported
     "terminal.py": 1,  # `print_safe` itself
     "training/generate_text.py": 3,  # generated text, which files and pipes get unchanged
     "training/chat_terminal.py": 3,  # an answer, likewise, and ends of lines
