@@ -7,7 +7,7 @@ from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.arguments import RUN, Subparsers, add_command, add_config
 from trainer.commands.branch_run import add_branch, branch_to_train, check_branch, wait_until_made
-from trainer.commands.init_from_parent import check_first_weights, find_first_weights
+from trainer.commands.init_from_parent import check_first_weights
 from trainer.commands.resolve import check_run_folder, run_to_train, suggest_prepare
 from trainer.distributed.liveness_pipe import start_liveness_thread
 from trainer.distributed.mpi_environment import check_tasks, task_warning
@@ -49,7 +49,7 @@ def train_command(options: argparse.Namespace) -> int:
         layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
         if branch is not None and layout.world_size == 1:
             branch.check(folder.path)
-        check_first_weights(config, folder)
+        parent = check_first_weights(config, folder)
         if is_alone and (warning := task_warning(os.environ)) is not None:
             warnings.append(warning)
         status = StatusFile(folder.status, rank=layout.rank)
@@ -57,7 +57,6 @@ def train_command(options: argparse.Namespace) -> int:
         with status.end_on_error():
             from trainer.training.main import train_run
 
-            first = find_first_weights(config, folder)
             with suggest_prepare(config):
                 code = train_run(
                     config,
@@ -66,7 +65,7 @@ def train_command(options: argparse.Namespace) -> int:
                     warnings=warnings,
                     stop=stop,
                     status=status,
-                    first_weights=first,
+                    first_weights=None if parent is None else parent.first_weights(),
                     branch=branch,
                 )
         status.end(code)
