@@ -8,7 +8,8 @@ from torch import Tensor
 from trainer.checkpoint.streamed import GlobalTensor
 from trainer.convert.parent_tensors import ParentTensors
 from trainer.models.gpt import GPT
-from trainer.models.initialize import WeightShard, expert_parameters, initialize
+from trainer.models.initialize import WeightShard, initialize
+from trainer.models.parameter_roles import parameter_role
 
 
 class TensorSource(Protocol):
@@ -49,7 +50,7 @@ class Initial:
         """Create a source for a parameter of a whole model on the meta device."""
         self._model, self._name, self._seed = model, name, seed
         self._parameter = model.get_parameter(name)
-        self._is_of_experts = name in expert_parameters(model)
+        self._is_of_experts = parameter_role(name) == "expert"
         self._whole: Tensor | None = None
 
     def rows(self, start: int, length: int) -> Tensor:

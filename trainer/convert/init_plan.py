@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
+from torch.nn import Parameter
+
 from trainer.checkpoint.coverage import WEIGHT, is_moment, weight_of
 from trainer.checkpoint.init_from import InitFromConfig
 from trainer.checkpoint.streamed import GlobalTensor
@@ -39,12 +41,12 @@ class InitPlan:
         self.notes: list[str] = []
         """Lines about what was taken, once `sources` has been called."""
         self._model = plain_model(config, num_ids)
+        self._ours = tensors_of(self._model)
         self._axes = _expert_axes(self._model)
         self._choices: dict[str, ExpertChoice] = {}
         self._since: dict[str, int] = {}
-        ours = tensors_of(self._model)
-        born_here = {name for name, _ in self._model.named_buffers()} | set(filter(is_adapter, ours))
-        self._matched = match_tensors(init, parent.names, ours, born_here=born_here, where=parent.where)
+        born_here = {name for name, ours in self._ours.items() if is_adapter(name) or not isinstance(ours, Parameter)}
+        self._matched = match_tensors(init, parent.names, self._ours, born_here=born_here, where=parent.where)
         self._check_shapes()
 
     @property
@@ -88,7 +90,7 @@ class InitPlan:
         for name, source in self._matched.items():
             if source is None:
                 continue
-            here = tuple(tensors_of(self._model)[name].shape)
+            here = tuple(self._ours[name].shape)
             there = self.parent.tensors[WEIGHT + source].shape
             fits = here[1:] == there[1:] if self._is_vocabulary(name) else here == there
             if not fits and not self._has_other_experts(name, source):
@@ -107,7 +109,7 @@ class InitPlan:
         dim, moe, theirs = self._axes.get(name), self._config.model.moe, self.parent.model.moe
         if dim is None or moe is None or theirs is None:
             return False
-        here = tuple(tensors_of(self._model)[name].shape)
+        here = tuple(self._ours[name].shape)
         there = self.parent.tensors[WEIGHT + source].shape
         more = moe.num_experts - theirs.num_experts
         return len(here) == len(there) and all(
@@ -115,9 +117,9 @@ class InitPlan:
         )
 
     def _source(self, name: str, source: str | None, vocabulary: VocabularyMap | None) -> TensorSource:
-        tensor = tensors_of(self._model)[name]
+        tensor = self._ours[name]
         if source is None:
-            if name in dict(self._model.named_parameters()):
+            if isinstance(tensor, Parameter):
                 return Initial(self._model, name, seed=self._config.seed)
             return Constant(0, GlobalTensor(shape=tuple(tensor.shape)))
         stored = WEIGHT + source
