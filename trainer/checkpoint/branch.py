@@ -16,7 +16,7 @@ from typing import Any, Final
 from trainer import fault_injection
 from trainer.atomic_io import NotRegular, copy_file, sync_files, sync_folder
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
-from trainer.checkpoint.identity import Parent, recorded_id, recorded_parent
+from trainer.checkpoint.identity import Parent, recorded_id, recorded_name, recorded_parent, write_identity
 from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.checkpoint.manifest_file import manifest_text
 from trainer.checkpoint.new_folder import check_nothing_is_at, new_folder
@@ -72,14 +72,14 @@ class Branch:
             fault_injection.hit("branch.checkpoint_copied")
             run_id = token_hex(8)
             parent_id = recorded_id(self.parent) or _text(manifest.run.get("id")) or ""
-            parent_name = _name_of(manifest.run) or self.parent.path.name
+            parent_name = recorded_name(manifest.run) or self.parent.path.name
             place = str(self.parent.path.absolute())
             parent = Parent(id=parent_id, name=parent_name, step=manifest.step, folder=place)
             self._write_manifest(folder, manifest, {"id": run_id, "parent": asdict(parent)})
             _copy_log(self.parent.metrics, folder.metrics, manifest, "metrics")
             _copy_log(self.parent.routing, folder.routing, manifest, "routing")
             self._copy_small_files(folder)
-            self._write_small_files(folder, final, run_id=run_id, parent=parent)
+            self._write_small_files(folder, run_id=run_id, parent=parent)
             fault_injection.hit("branch.written")
         return parent
 
@@ -126,15 +126,11 @@ class Branch:
             for path in self.parent.source.iterdir():
                 _copy_regular(path, folder.source / path.name)
 
-    def _write_small_files(self, folder: RunFolder, final: Path, *, run_id: str, parent: Parent) -> None:
-        place = str(final.absolute())
-        origin = {"id": run_id, "name": self.name, "folder": place, "parent": asdict(parent)}
+    def _write_small_files(self, folder: RunFolder, *, run_id: str, parent: Parent) -> None:
         made_from = {"command": "branch", "parents": [asdict(parent)]}
-        places = {"working_directory": str(Path.cwd()), "run_folder": place}
-        folder.write(folder.run_id, f"{run_id}\n")
-        folder.write(folder.origin, json.dumps(origin, indent=1) + "\n")
+        write_identity(folder, run_id=run_id, name=self.name, parent=parent)
         folder.write(folder.made_from, json.dumps(made_from) + "\n")
-        folder.write(folder.environment, json.dumps(places, indent=1) + "\n")
+        folder.write_environment({})
         folder.write(folder.config, self.config)
 
 
@@ -167,11 +163,6 @@ def _copy_log(source: Path, target: Path, manifest: Manifest, kind: str) -> None
 def _copy_regular(source: Path, target: Path) -> None:
     if source.is_file() and not source.is_symlink():
         copy_file(source, target)
-
-
-def _name_of(run: Mapping[str, Any]) -> str | None:
-    config = run.get("config")
-    return _text(config.get("name")) if isinstance(config, Mapping) else None
 
 
 def _text(value: object) -> str | None:

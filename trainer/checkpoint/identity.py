@@ -55,7 +55,7 @@ def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = 
     """
     origin, kept = read_record(folder.origin), recorded_id(folder)
     found = {} if found is None else found
-    saved_id, saved_name = _id(found.get("id")), _saved_name(found)
+    saved_id, saved_name = _id(found.get("id")), recorded_name(found)
     parent = recorded_parent(folder)
     copied_from = None if kept is None else _copied_from(folder, kept, origin, saved_name)
     # Until a branch has saved, its newest checkpoint is its parent's.
@@ -72,12 +72,17 @@ def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = 
         run_id, called = secrets.token_hex(8), "" if parent_name is None else f"{shown(parent_name)}, "
         said = f"branches off from run {parent_id} ({called}step {step}): a run of its own from here, {run_id}"
         identity = Identity(id=run_id, parent=parent, said=f"{folder.path}: {said}")
-    # The id first: a run killed in between branches off again, and is never mistaken for its parent.
-    folder.write_unless_same(folder.run_id, f"{identity.id}\n")
-    of = None if identity.parent is None else asdict(identity.parent)
-    origin = {"id": identity.id, "name": name, "folder": str(folder.path.absolute()), "parent": of}
-    folder.write_unless_same(folder.origin, json.dumps(origin, indent=1) + "\n")
+    write_identity(folder, run_id=identity.id, name=name, parent=identity.parent)
     return identity
+
+
+def write_identity(folder: RunFolder, *, run_id: str, name: str, parent: Parent | None) -> None:
+    """Write the id of a run into its folder, and what it was made from."""
+    # The id first: a run killed in between branches off again, and is never mistaken for its parent.
+    folder.write_unless_same(folder.run_id, f"{run_id}\n")
+    of = None if parent is None else asdict(parent)
+    origin = {"id": run_id, "name": name, "folder": str(folder.place.absolute()), "parent": of}
+    folder.write_unless_same(folder.origin, json.dumps(origin, indent=1) + "\n")
 
 
 def recorded_id(folder: RunFolder) -> str | None:
@@ -120,8 +125,9 @@ def _read(path: Path, max_characters: int) -> str:
     return ""
 
 
-def _saved_name(found: Mapping[str, Any]) -> str | None:
-    config = found.get("config")
+def recorded_name(run: Mapping[str, Any]) -> str | None:
+    """Return the name of the run in a checkpoint's record; None if it has none."""
+    config = run.get("config")
     name = config.get("name") if isinstance(config, Mapping) else None
     return name if isinstance(name, str) else None
 

@@ -28,7 +28,8 @@ def check_nothing_is_at(path: Path) -> Path:
 @contextmanager
 def new_folder(final: Path) -> Iterator[RunFolder]:
     """Yield a locked folder that gets its name at the end; after an error nothing is left of it."""
-    partial, had_parent = RunFolder(final.with_name(f".{final.name}.partial")), final.parent.exists()
+    had_parent = final.parent.exists()
+    partial = RunFolder(final.with_name(f".{final.name}.partial"), place=final)
     partial.lock()
     try:
         _empty(partial.path)  # a killed command left it

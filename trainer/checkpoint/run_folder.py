@@ -33,8 +33,9 @@ _PATH = re.compile(r"/[^\x00-\x1f\x7f]{0,4000}")
 class RunFolder:
     """Paths, lock and small files of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, place: Path | None = None) -> None:
+        """Create the paths of a folder; `place` is that which it gets once it is complete, if it is being made."""
+        self.path, self.place = path, place or path
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.tokenizer = path / "tokenizer.json"
@@ -192,7 +193,7 @@ class RunFolder:
 
     def write_environment(self, values: dict[str, Any]) -> None:
         """Write environment.json: versions, fingerprints, and the directory that the config's paths are relative to."""
-        places = {"working_directory": str(Path.cwd()), "run_folder": str(self.path.absolute())}
+        places = {"working_directory": str(Path.cwd()), "run_folder": str(self.place.absolute())}
         self.write(self.environment, json.dumps({**values, **places}, indent=1) + "\n")
 
     def start_directory(self, *, runs_dir: str, name: str) -> Path | None:

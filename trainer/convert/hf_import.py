@@ -83,7 +83,7 @@ def import_model(path: Path, config_path: Path | None, overrides: Sequence[str],
         final = check_is_new(plan.config)
         _check_room(plan, gate, final)
         with new_folder(final) as run:
-            _write_small_files(plan, run, final)
+            _write_small_files(plan, run)
             with closing(_write_weights(plan, run)) as rows:
                 check_equal_tensors(rows, source, plan.links)
                 checked = f"{len(plan.links)} tensors equal bit for bit"
@@ -92,7 +92,7 @@ def import_model(path: Path, config_path: Path | None, overrides: Sequence[str],
     return Imported(run=final, family=foreign.family.name, num_parameters=plan.num_parameters, checked=checked)
 
 
-def _write_small_files(plan: ImportPlan, run: RunFolder, final: Path) -> None:
+def _write_small_files(plan: ImportPlan, run: RunFolder) -> None:
     """Write config, tokenizer, the published folder's own small files, and where paths are relative to."""
     run.source.mkdir()
     for name, content in source_files(plan.source.folder):
@@ -103,8 +103,7 @@ def _write_small_files(plan: ImportPlan, run: RunFolder, final: Path) -> None:
     run.write(run.config, note + dump(plan.config))
     source = {"family": plan.foreign.family.name, "folder": from_where}
     run.write(run.made_from, json.dumps({"command": "import", "from": source, "parents": []}) + "\n")
-    places = {"working_directory": str(Path.cwd()), "run_folder": str(final.absolute())}
-    run.write(run.environment, json.dumps({**runtime.environment_info(), **places}, indent=1) + "\n")
+    run.write_environment(runtime.environment_info())
 
 
 def _write_weights(plan: ImportPlan, run: RunFolder) -> CheckpointRows:

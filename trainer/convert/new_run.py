@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
-from trainer.checkpoint.identity import Parent
+from trainer.checkpoint.identity import Parent, write_identity
 from trainer.checkpoint.new_folder import new_folder
 from trainer.checkpoint.plan import local_placements
 from trainer.checkpoint.run_folder import RunFolder
@@ -45,22 +45,19 @@ class NewRun:
         final = check_is_new(self.config)
         config = self.config.model_copy(update={"init_from": None})  # of the run that it was made from
         with new_folder(final) as folder:
-            run_id, parent = token_hex(8), None if self.parent is None else asdict(self.parent)
-            place = str(final.absolute())
-            origin = {"id": run_id, "name": self.config.name, "folder": place, "parent": parent}
+            run_id = token_hex(8)
             save_tokenizer(folder, self.corpus.tokenizer)
-            folder.write(folder.run_id, f"{run_id}\n")
-            folder.write(folder.origin, json.dumps(origin, indent=1) + "\n")
+            write_identity(folder, run_id=run_id, name=self.config.name, parent=self.parent)
             folder.write(folder.made_from, json.dumps(self.made_from) + "\n")
             folder.write(folder.config, dump(config))
-            places = {"working_directory": str(Path.cwd()), "run_folder": place}
-            folder.write(folder.environment, json.dumps({**runtime.environment_info(), **places}, indent=1) + "\n")
+            folder.write_environment(runtime.environment_info())
             record = first_record(
                 config,
                 run_id=run_id,
                 data_fingerprint=self.corpus.fingerprint,
                 tokenizer_fingerprint=self.corpus.tokenizer.fingerprint,
             )
+            parent = None if self.parent is None else asdict(self.parent)
             record |= {"parent": parent, "made_from": self.made_from.get("command")}
             state = _EngineTensors(self.engine)
             save_streamed(CheckpointFolder(folder.checkpoints), state.shapes(), state, record)
