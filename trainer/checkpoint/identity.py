@@ -125,6 +125,14 @@ def _read(path: Path, max_characters: int) -> str:
     return ""
 
 
+def parent_in(run: Mapping[str, Any], *, name: str | None, step: int, folder: Path | None) -> Parent | None:
+    """Return the parent of a run that is made from a checkpoint, by the checkpoint's record; None if that has no id."""
+    run_id = run.get("id")
+    if not isinstance(run_id, str) or not run_id:
+        return None
+    return Parent(id=run_id, name=name, step=step, folder=None if folder is None else str(folder.absolute()))
+
+
 def recorded_name(run: Mapping[str, Any]) -> str | None:
     """Return the name of the run in a checkpoint's record; None if it has none."""
     config = run.get("config")

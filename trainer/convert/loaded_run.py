@@ -10,7 +10,7 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import check_fits, check_model, check_record
 from trainer.checkpoint.coverage import WEIGHT
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
-from trainer.checkpoint.identity import Parent
+from trainer.checkpoint.identity import Parent, parent_in
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.state import Slice, TrainState
@@ -51,11 +51,8 @@ class WeightSource:
 
     def as_parent(self) -> Parent | None:
         """Return the entry of this run in the record of one that is made from it; None if it never had an id."""
-        run_id = self.checkpoint.run.get("id")
-        if not isinstance(run_id, str) or not run_id:
-            return None
-        folder = str(self.folder.path.absolute())
-        return Parent(id=run_id, name=self.config.name, step=self.checkpoint.step, folder=folder)
+        checkpoint = self.checkpoint
+        return parent_in(checkpoint.run, name=self.config.name, step=checkpoint.step, folder=self.folder.path)
 
     def weights(self, model: GPT) -> StoredTensors:
         """Return the stored parameters and buffers of a whole model, after comparing all names and shapes."""

@@ -8,7 +8,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
-from trainer.checkpoint.identity import Parent
+from trainer.checkpoint.identity import Parent, parent_in
 from trainer.checkpoint.init_from import InitFromConfig
 from trainer.checkpoint.manifest import Manifest, run_record_problems
 from trainer.checkpoint.manifest_file import read_manifest
@@ -61,12 +61,8 @@ class RunParent:
 
     def as_parent(self, manifest: Manifest) -> Parent | None:
         """Return the entry in the record of a run that is made from one of its checkpoints; None without an id."""
-        run_id = manifest.run.get("id")
-        if not isinstance(run_id, str) or not run_id:
-            return None
-        has_folder = self.folder.run_id.is_file()
-        folder = str(self.folder.path.absolute()) if has_folder else None
-        return Parent(id=run_id, name=self.config.name, step=manifest.step, folder=folder)
+        folder = self.folder.path if self.folder.run_id.is_file() else None
+        return parent_in(manifest.run, name=self.config.name, step=manifest.step, folder=folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
