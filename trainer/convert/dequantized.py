@@ -88,6 +88,15 @@ class DequantizedFolder(SafetensorsFolder):
         return self._error(f"{shown(name)} is quantized as {sizes}, which do not fit")
 
 
+def open_published(folder: ForeignFolder, quantization: Mapping[str, Any] | None) -> SafetensorsFolder:
+    """Open the tensors of a published model as numbers, whether or not its config.json has a section on quantization.
+
+    Raises:
+        CheckpointError: if they are damaged or incomplete.
+    """
+    return SafetensorsFolder(folder) if quantization is None else DequantizedFolder(folder, quantization)
+
+
 def _from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Return (E, C, R) in bfloat16, which holds every such number, from (E, R, G, 16) and (E, R, G)."""
     numbers = torch.tensor(_FP4)

@@ -23,7 +23,7 @@ from trainer.console import formatting
 from trainer.console.console import Console
 from trainer.convert.compare_logits import compare_logits
 from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
-from trainer.convert.dequantized import DequantizedFolder
+from trainer.convert.dequantized import open_published
 from trainer.convert.first_record import check_is_new, first_record
 from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.foreign_model import read_foreign_model
@@ -32,7 +32,6 @@ from trainer.convert.import_config import TO_SET
 from trainer.convert.import_plan import ImportPlan, plan_import
 from trainer.convert.import_tokenizer import source_files
 from trainer.convert.linked_weights import LinkedWeights
-from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.convert.their_model import load_model
 from trainer.convert.watched_tensors import WatchedTensors
 from trainer.distributed import runtime
@@ -77,8 +76,7 @@ def import_model(path: Path, config_path: Path | None, overrides: Sequence[str],
         )
     if gate == "logits" and not is_installed("transformers"):
         raise ConfigError(missing("transformers", user="--gate logits") + ", or use --gate tensors")
-    quantized = foreign.quantization
-    with SafetensorsFolder(folder) if quantized is None else DequantizedFolder(folder, quantized) as source:
+    with open_published(folder, foreign.quantization) as source:
         plan = plan_import(folder, foreign, source, config_path, overrides)
         final = check_is_new(plan.config)
         _check_room(plan, gate, final)

@@ -15,11 +15,10 @@ from trainer.checkpoint.identity import Parent
 from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.streamed import GlobalTensor
 from trainer.convert.compare_tensors import CheckpointRows
-from trainer.convert.dequantized import DequantizedFolder
+from trainer.convert.dequantized import open_published
 from trainer.convert.foreign_tensors import check_foreign_tensors
 from trainer.convert.linked_weights import LinkedWeights
 from trainer.convert.router_columns import tensors_of
-from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.convert.weight_parent import PublishedParent, RunParent
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.file import read_tokenizer
@@ -137,9 +136,7 @@ class PublishedTensors(ParentTensors):
         self._of, self.where, self.model = parent, parent.where, parent.model
         folder, foreign = parent.folder, parent.foreign
         with ExitStack() as stack:
-            quantized = foreign.quantization
-            source = SafetensorsFolder(folder) if quantized is None else DequantizedFolder(folder, quantized)
-            stack.enter_context(source)
+            source = stack.enter_context(open_published(folder, foreign.quantization))
             links = check_foreign_tensors(source, foreign.family.links(foreign.model, foreign.vocab_size), foreign)
             with torch.device("meta"):
                 shapes = tensors_of(GPT(parent.model, foreign.vocab_size))
