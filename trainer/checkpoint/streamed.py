@@ -6,7 +6,7 @@ Moments of the optimizer, which are zero before the first step, may be left out:
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, Self, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from trainer.checkpoint.manifest import (
     StoredTensor,
 )
 from trainer.checkpoint.manifest_file import manifest_text
+from trainer.checkpoint.plan import Placement
 from trainer.checkpoint.tensor_files import FILE_SIZE_BYTES, safetensors_header, write_durably
 from trainer.errors import CheckpointError
 
@@ -48,10 +49,22 @@ class GlobalTensor:
     is_frozen: bool = False
     """A weight that does not learn, so that it has no moments."""
 
+    @classmethod
+    def like(cls, other: Placement | StoredTensor) -> Self:
+        """Return the tensor that a rank holds a part of, or that a checkpoint has."""
+        return cls(
+            shape=tuple(other.shape), dtype=other.dtype, is_of_experts=other.is_of_experts, is_frozen=other.is_frozen
+        )
+
     @property
     def index_bytes(self) -> int:
         """Bytes of one index of dimension 0."""
         return StoredTensor(dtype=self.dtype, shape=list(self.shape), slices=[]).index_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all of it."""
+        return self.index_bytes * self.shape[0]
 
 
 class _Part:

@@ -74,7 +74,7 @@ class ImportPlan:
     @property
     def size_bytes(self) -> int:
         """Bytes of the checkpoint."""
-        return sum(tensor.index_bytes * tensor.shape[0] for tensor in self.tensors.values())
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
 
 
 def plan_import(

@@ -94,7 +94,7 @@ class InitWeights:
 
 def _checked_size(folder: RunFolder, tensors: Mapping[str, GlobalTensor]) -> int:
     """Return the bytes of all tensors; refuse what cannot fit on the disk before anything is written."""
-    needed = sum(tensor.index_bytes * tensor.shape[0] for tensor in tensors.values())
+    needed = sum(tensor.size_bytes for tensor in tensors.values())
     free = shutil.disk_usage(folder.path).free
     if needed > free:
         sizes = f"{formatting.size(needed)} of disk, and {formatting.size(free)} are free"

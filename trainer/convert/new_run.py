@@ -72,10 +72,7 @@ class _EngineTensors:
 
     def shapes(self) -> dict[str, GlobalTensor]:
         """Return the shape and dtype of each tensor."""
-        return {
-            name: GlobalTensor(shape=tuple(place.shape), dtype=place.dtype, is_of_experts=place.is_of_experts)
-            for name, place in local_placements(self._state).items()
-        }
+        return {name: GlobalTensor.like(place) for name, place in local_placements(self._state).items()}
 
     def read(self, name: str, start: int, length: int) -> Tensor:
         """Return some indices of dimension 0 of a tensor, on the CPU."""

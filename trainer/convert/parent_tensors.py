@@ -92,10 +92,7 @@ class RunTensors(ParentTensors):
         self.handle: CheckpointHandle = intact_checkpoint(parent.checkpoints, parent.step, warn)
         manifest = self.handle.manifest
         self.values = manifest.values
-        self.tensors = {
-            name: GlobalTensor(shape=tuple(stored.shape), dtype=stored.dtype, is_of_experts=stored.is_of_experts)
-            for name, stored in manifest.tensors.items()
-        }
+        self.tensors = {name: GlobalTensor.like(stored) for name, stored in manifest.tensors.items()}
         self._rows = CheckpointRows(self.handle.path, manifest)
 
     def read(self, name: str, start: int, length: int) -> Tensor:

@@ -44,13 +44,7 @@ def save_first_weights(run: RunState, weights: FirstWeights | None) -> Checkpoin
     tensors: dict[str, GlobalTensor] = {}
     for held in world.all_gather_objects(local_placements(run.engine.wanted())):
         for name, values in held.items():
-            place = Placement(*values)
-            tensors[name] = GlobalTensor(
-                shape=tuple(place.shape),
-                dtype=place.dtype,
-                is_of_experts=place.is_of_experts,
-                is_frozen=place.is_frozen,
-            )
+            tensors[name] = GlobalTensor.like(Placement(*values))
     with raise_together(world):
         if run.mesh.layout.rank == 0:
             if weights is None:
