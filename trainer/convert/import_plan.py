@@ -26,6 +26,7 @@ from trainer.convert.import_config import (
 from trainer.convert.import_tokenizer import tokenizer_for
 from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.data.tokenizers.base import Tokenizer
+from trainer.engine.base import COUNTS
 from trainer.experiment import ExperimentConfig
 from trainer.families.link import Link, coverage_problems
 from trainer.models.gpt import GPT
@@ -64,7 +65,7 @@ class ImportPlan:
         counts = torch.ones((len(self.model.moe_layers()), columns), dtype=torch.int64)
         buffers = {name: b for name, b in self.model.named_buffers() if name not in linked}
         zeros = {WEIGHT + name: torch.zeros_like(b, device="cpu") for name, b in buffers.items()}
-        return zeros | {"engine.previous_counts": counts}
+        return zeros | {COUNTS: counts}
 
     @property
     def num_parameters(self) -> int:

@@ -11,12 +11,12 @@ from trainer.convert.first_tensors import Constant, Initial, Taken, TensorSource
 from trainer.convert.import_plan import plain_model
 from trainer.convert.match_tensors import match_tensors
 from trainer.convert.other_experts import ExpertChoice, ResizedExperts, choose_experts
-from trainer.convert.parent_tensors import COUNTS, ParentTensors
+from trainer.convert.parent_tensors import ParentTensors
 from trainer.convert.router_columns import expert_dimensions, tensors_of
 from trainer.convert.surgery_plan import num_groups
 from trainer.convert.vocabulary_rows import VocabularyMap, VocabularyRows, map_vocabulary
 from trainer.data.tokenizers.base import Tokenizer
-from trainer.engine.base import SINCE
+from trainer.engine.base import COUNTS, SINCE
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig

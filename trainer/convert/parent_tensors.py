@@ -23,13 +23,11 @@ from trainer.convert.weight_parent import PublishedParent, RunParent
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.file import read_tokenizer
 from trainer.data.tokenizers.hf_files import TOKENIZER
+from trainer.engine.base import COUNTS
 from trainer.errors import CheckpointError, DataError
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
 from trainer.training.load_trained import intact_checkpoint
-
-COUNTS = "engine.previous_counts"
-"""Assignments to each expert in the last step, by MoE layer."""
 
 
 class ParentTensors(ABC):

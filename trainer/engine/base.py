@@ -21,6 +21,8 @@ from trainer.moe.stats import MoEStats
 from trainer.ops.tensor_sums import TensorSums
 from trainer.parallel.shards import copy_from_rows, first_row, local, rows, shard_dimension, shard_start
 
+COUNTS = "engine.previous_counts"
+"""Name in a state of the assignments to each expert in the last step, by MoE layer."""
 SINCE = "moments_since."
 """Prefix of a parameter, among the values of a state: optimizer steps before the first one of its moments."""
 
@@ -221,7 +223,7 @@ class Engine(ABC):
         """Return weights, buffers and counters, which every engine lays out alike."""
         tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"model.{name}": b for name, b in self.model.named_buffers()}
-        tensors["engine.previous_counts"] = self.previous_counts
+        tensors[COUNTS] = self.previous_counts
         return tensors
 
     def _slice(self, name: str, tensor: Tensor, *, purpose: Literal["state", "held", "wanted"] = "state") -> Slice:
