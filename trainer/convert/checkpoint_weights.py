@@ -58,11 +58,9 @@ class CheckpointWeights:
         for start in range(0, shape[0], most):
             yield start, self._read(name, start, min(start + most, shape[0]))
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the factors A and B of a weight that has an adapter."""
-        manifest = self._rows.manifest.tensors
-        a, b = (self._rows.read(WEIGHT + each, 0, manifest[WEIGHT + each].shape[0]) for each in self.adapters[name])
-        return a, b
+    def factor(self, name: str) -> Tensor:
+        """Return a factor of an adapter, by its own name."""
+        return self._rows.read(WEIGHT + name, 0, self._rows.manifest.tensors[WEIGHT + name].shape[0])
 
     def _read(self, name: str, first: int, last: int) -> Tensor:
         """Return indices first .. last - 1 of dimension 0, with the adapter."""

@@ -47,6 +47,8 @@ class _Factor:
 
     name: str
     kind: Literal["a", "b"]
+    source: str
+    """Name in the model."""
     link: Link
     shape: tuple[int, ...]
 
@@ -144,21 +146,18 @@ def _factors(model: ExportedModel, lora: LoRAConfig) -> Iterator[_Factor]:
         else:
             start, end = link.at[0] if link.at else (0, rows)
             shapes, stem = ((lora.rank, columns), (end - start, lora.rank)), _module(link)
-        for kind, shape in zip(("a", "b"), shapes, strict=True):
+        for kind, source, shape in zip(("a", "b"), model.weights.adapters[link.ours], shapes, strict=True):
             name = f"base_model.model.{stem}.lora_{kind.upper()}.weight"
-            yield _Factor(name=name, kind=kind, link=link, shape=shape)  # type: ignore[arg-type]
+            yield _Factor(name=name, kind=kind, source=source, link=link, shape=shape)  # type: ignore[arg-type]
 
 
 def _read(model: ExportedModel, factor: _Factor) -> Tensor:
-    a, b = model.weights.factors(factor.link.ours)
+    values, is_of_experts = model.weights.factor(factor.source), _is_of_experts(factor.link)
     if factor.kind == "a":
-        return a.flatten(0, -2)
-    if not _is_of_experts(factor.link):
-        b = b[slice(*factor.link.at[0])] if factor.link.at else b
-    order = replace(factor.link, at=(), transposed=False, shape=tuple(b.shape))
-    if not _is_of_experts(factor.link):
-        return to_theirs(b, order)
-    return to_theirs(b, order).permute(1, 2, 0).flatten(1)
+        return values.flatten(0, -2)
+    b = values[slice(*factor.link.at[0])] if factor.link.at and not is_of_experts else values
+    theirs = to_theirs(b, replace(factor.link, at=(), transposed=False, shape=tuple(b.shape)))
+    return theirs.permute(1, 2, 0).flatten(1) if is_of_experts else theirs
 
 
 def _targets(model: ExportedModel) -> dict[str, list[str]]:
