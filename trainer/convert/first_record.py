@@ -1,18 +1,30 @@
 """The record of a run that has not taken a step, and the place for its folder."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.checkpoint.new_folder import check_nothing_is_at
+from trainer.console import formatting
 from trainer.distributed.version import turnout_version
+from trainer.errors import ResourceError
 from trainer.experiment import ExperimentConfig
 
 
 def check_is_new(config: ExperimentConfig) -> Path:
     """Return the run folder of a config; raise a ConfigError if there is anything of its name."""
     return check_nothing_is_at(Path(config.runs_dir) / config.name)
+
+
+def check_room(folder: Path, size_bytes: int, *, of: str) -> None:
+    """Refuse weights that cannot fit on the disk of a folder, which may not exist; raise a ResourceError."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size_bytes > free:
+        needed, available = formatting.size(size_bytes), formatting.size(free)
+        raise ResourceError(f"{folder}: {of} need {needed} of disk, and {available} are free; set runs_dir")
 
 
 def first_record(

@@ -2,7 +2,6 @@
 
 import json
 import secrets
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,7 +23,7 @@ from trainer.console.console import Console
 from trainer.convert.compare_logits import compare_logits
 from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
 from trainer.convert.dequantized import open_published
-from trainer.convert.first_record import check_is_new, first_record
+from trainer.convert.first_record import check_is_new, check_room, first_record
 from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.foreign_model import read_foreign_model
 from trainer.convert.gate_report import Gate, GateError
@@ -132,11 +131,7 @@ def _write_weights(plan: ImportPlan, run: RunFolder) -> CheckpointRows:
 
 def _check_room(plan: ImportPlan, gate: Gate, final: Path) -> None:
     """Refuse what cannot fit on the disk, or in memory, before anything is written."""
-    existing = next(folder for folder in (final, *final.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if plan.size_bytes > free:
-        needed, available = formatting.size(plan.size_bytes), formatting.size(free)
-        raise ResourceError(f"{final}: the weights need {needed} of disk, and {available} are free; set runs_dir")
+    check_room(final, plan.size_bytes, of="the weights")
     needed, available = 2 * 4 * plan.num_parameters, total_memory(torch.device("cpu"))
     if gate == "logits" and needed > available:
         raise ResourceError(

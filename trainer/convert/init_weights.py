@@ -2,22 +2,19 @@
 
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from trainer.checkpoint.coverage import is_moment
 from trainer.checkpoint.init_from import InitFromConfig
-from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.streamed import GlobalTensor, save_streamed
-from trainer.console import formatting
+from trainer.convert.first_record import check_room
 from trainer.convert.first_tensors import FirstTensors
 from trainer.convert.init_plan import InitPlan
 from trainer.convert.parent_tensors import ParentTensors, open_parent
 from trainer.convert.watched_tensors import WatchedTensors
 from trainer.convert.weight_parent import PublishedParent, RunParent
-from trainer.errors import ResourceError
 from trainer.experiment import ExperimentConfig
 from trainer.training.run import RunState
 
@@ -51,7 +48,8 @@ class InitWeights:
         with self._tensors as parent:
             plan = InitPlan(self._config, self._init, parent, num_ids=tokenizer.vocab_size)
             wanted = {name: tensor for name, tensor in tensors.items() if plan.has_moments or not is_moment(name)}
-            size_bytes = _checked_size(folder, wanted)
+            size_bytes = sum(tensor.size_bytes for tensor in wanted.values())
+            check_room(folder.path, size_bytes, of="the first weights")
             reader = FirstTensors(wanted, plan.sources(wanted, tokenizer))
             plan.check_engine()
             record, details = self._record(run, plan), self._details(plan)
@@ -90,13 +88,3 @@ class InitWeights:
             "parents": [] if parent is None else [asdict(parent)],
             "notes": plan.notes,
         }
-
-
-def _checked_size(folder: RunFolder, tensors: Mapping[str, GlobalTensor]) -> int:
-    """Return the bytes of all tensors; refuse what cannot fit on the disk before anything is written."""
-    needed = sum(tensor.size_bytes for tensor in tensors.values())
-    free = shutil.disk_usage(folder.path).free
-    if needed > free:
-        sizes = f"{formatting.size(needed)} of disk, and {formatting.size(free)} are free"
-        raise ResourceError(f"{folder.path}: the first weights need {sizes}; set runs_dir")
-    return needed
