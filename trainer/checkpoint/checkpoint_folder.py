@@ -29,6 +29,12 @@ Signature = tuple[tuple[str, int, int], ...]
 """Name, size in bytes and mtime in ns of each file of a checkpoint."""
 
 
+def step_in_name(name: str) -> int | None:
+    """Return the step of a checkpoint by the name of its folder; None if that is not one's."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 class CheckpointFolder:
     """The checkpoints of one run; the folder need not exist.
 
@@ -43,7 +49,7 @@ class CheckpointFolder:
         """Return the steps that have a checkpoint, oldest first by the number in the name, not by time."""
         if not self.path.is_dir():
             return []
-        steps = {int(match[1]) for match in (_NAME.fullmatch(entry.name) for entry in self.path.iterdir()) if match}
+        steps = {step for entry in self.path.iterdir() if (step := step_in_name(entry.name)) is not None}
         return sorted(step for step in steps if self.of_step(step).is_dir() and not self.of_step(step).is_symlink())
 
     def of_step(self, step: int) -> Path:

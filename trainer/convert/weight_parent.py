@@ -1,13 +1,12 @@
 """The model that `init_from` names: its config is found and compared with the new one. Imports no torch."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
-from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder, step_in_name
 from trainer.checkpoint.identity import Parent, parent_in
 from trainer.checkpoint.init_from import InitFromConfig
 from trainer.checkpoint.manifest import Manifest, run_record_problems
@@ -24,7 +23,6 @@ from trainer.families.expressible import inference_values
 from trainer.models.config import ModelConfig
 from trainer.models.lora_config import LoRAConfig
 
-_STEP: Final = re.compile(r"step_([0-9]{8,18})")
 _FREE: Final = ("moe.num_experts", "moe.router.top_k", "lora")
 """Keys, or sections, of `model` that may differ without a word."""
 _NOTED: Final = (
@@ -100,15 +98,15 @@ def _checkpoint_parent(path: Path) -> RunParent:
     if not path.is_dir():
         raise CheckpointError(f"{where}: no such folder; name a checkpoint, RUN/checkpoints/step_N")
     real = path.resolve()
-    named = _STEP.fullmatch(real.name)
-    if named is None:
+    step = step_in_name(real.name)
+    if step is None:
         raise CheckpointError(f"{where}: is not named step_N, as checkpoints are; name one, or a run by init_from.run")
     manifest, folder = read_manifest(real), RunFolder(real.parent.parent)
     return RunParent(
         where=shown_path(path),
         folder=folder,
         checkpoints=CheckpointFolder(real.parent),
-        step=int(named[1]),
+        step=step,
         manifest=manifest,
         config=_recorded_config(shown_path(path), manifest, folder),
     )
@@ -121,7 +119,7 @@ def _run_parent(path: Path, own: RunFolder, *, step: int | None) -> RunParent:
     if own.path.exists() and path.samefile(own.path):
         raise ConfigError(f"{where}: is this run itself; name another one, or give this one another name=...")
     if not folder.checkpoints.is_dir():
-        is_step = _STEP.fullmatch(path.resolve().name)
+        is_step = step_in_name(path.resolve().name) is not None
         advice = "name it by init_from.checkpoint" if is_step else "name the folder of a run that has some"
         raise CheckpointError(f"{where}: has no folder of checkpoints, so it is no run to start from; {advice}")
     if step is None and (owner := folder.owner()) is not None:
