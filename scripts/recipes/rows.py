@@ -1,4 +1,4 @@
-"""What the small data sets have in common."""
+"""Rows and splits that the small data sets have in common."""
 
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -16,7 +16,7 @@ class Ancestor:
     """A run, or a published model, that a run or its nearer ancestor was made from."""
 
     how: str
-    """What made it: branch, init_from, upcycle, import, surgery VERB; copy: of a folder or a checkpoint."""
+    """Way in which that was: branch, init_from, upcycle, import, surgery VERB; copy: of a folder or a checkpoint."""
     name: str
     step: int | None
     """Step of the checkpoint; None for a published model."""

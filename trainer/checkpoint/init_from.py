@@ -26,7 +26,7 @@ class InitFromConfig(Config):
     step: Whole | None = None
     """Step of the checkpoint of `run`. Null: the newest."""
     parts: Literal["weights", "weights+optimizer"] = "weights"
-    """What is taken: weights, or also the optimizer's moments and step count, of tensors that are taken whole."""
+    """Parts taken: weights, or also the optimizer's moments and step count, of tensors that are taken whole."""
     exclude: list[PatternText] = Field(default_factory=list)
     """Tensors that are not taken: roles or names, as in train.freeze. Those of this model start from initial values."""
     rename: dict[Renaming, Renaming] = Field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a changed model no longer has: entries of `train.freeze` and `train.lr_scale` that matched it alone."""
+"""Entries of `train.freeze` and `train.lr_scale` that match only weights which a changed model no longer has."""
 
 from collections.abc import Iterable
 

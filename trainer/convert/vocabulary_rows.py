@@ -32,7 +32,7 @@ class VocabularyMap:
     num_old: int
     """Old ids."""
     note: str
-    """What was done, in words."""
+    """Counts of rows by their sources, in words."""
 
 
 def map_vocabulary(old: Tokenizer, new: Tokenizer, *, old_rows: int, new_rows: int) -> VocabularyMap:
