@@ -94,7 +94,7 @@ class ChatEncoder:
         """Return the tokens of a conversation's text, in which the names of tokens within messages are text."""
         inputs = [chat.messages, chat.tools, chat.variables]
         if not has_match(inputs, self._names):
-            return encode_rendered(self.tokenizer, text)
+            return encode_rendered(self.tokenizer, text, self._names)
         mark = unused_character(inputs)
         messages, tools, variables = broken(inputs, self._names, mark)
         marked = replace(chat, messages=messages, tools=tools, variables=variables)
@@ -102,7 +102,7 @@ class ChatEncoder:
         if marked_text.replace(mark, "") != text:
             message = "has the name of a special token in it, and the template does not write it as it is; remove it"
             raise ChatRefused(f"{self.template.name}: the conversation {message}", reason="special token in text")
-        return encode_rendered(self.tokenizer, marked_text, break_mark=mark)
+        return encode_rendered(self.tokenizer, marked_text, self._names, break_mark=mark)
 
     def _spans(self, chat: Conversation, rendered: RenderedChat, without: AbstractSet[int]) -> tuple[Span, ...]:
         """Return the characters to learn, in order."""

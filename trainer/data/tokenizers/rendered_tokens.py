@@ -28,14 +28,15 @@ class RenderedTokens:
         return mask
 
 
-def encode_rendered(tokenizer: Tokenizer, text: str, *, break_mark: str = "") -> RenderedTokens:
-    """Return the ids of `text` with special tokens.
+def encode_rendered(
+    tokenizer: Tokenizer, text: str, pattern: re.Pattern[str], *, break_mark: str = ""
+) -> RenderedTokens:
+    """Return the ids of `text` with special tokens, whose names have the pattern `names_pattern`.
 
     `break_mark` is a character inside of names that are text here, not tokens; it is not encoded, and places do not
     count it.
     """
     special = tokenizer.special_tokens()
-    pattern = names_pattern(special)
     names = pattern.findall(text)
     pieces = pattern.split(text)
     if break_mark:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tests.chat_templates import STYLES
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.data.tokenizers.file import read_tokenizer
-from trainer.data.tokenizers.rendered_tokens import encode_rendered
+from trainer.data.tokenizers.rendered_tokens import encode_rendered, names_pattern
 
 _MADE = {}
 
@@ -36,21 +36,21 @@ def test_ids_and_places_are_those_of_the_library(name: str, data: st.DataObject,
     )
     text = "".join(data.draw(st.lists(parts | st.text("abc \n\u6642", max_size=4), max_size=12)))
     wanted = theirs.encode(text, add_special_tokens=False)
-    got = encode_rendered(ours, text)
+    got = encode_rendered(ours, text, names_pattern(ours.special_tokens()))
     assert got.ids.tolist() == wanted.ids
     assert list(zip(got.starts.tolist(), got.ends.tolist(), strict=True)) == wanted.offsets
 
 
 @given(text=st.text(), start=st.integers(0, 9), length=st.integers(0, 9))
 def test_bytes_are_learned_with_their_characters(text: str, start: int, length: int) -> None:
-    tokens = encode_rendered(ByteTokenizer(), text)
+    tokens = encode_rendered(ByteTokenizer(), text, names_pattern(ByteTokenizer().special_tokens()))
     mask = tokens.overlapping(((start, start + length),))
     assert bytes(tokens.ids[mask].tolist()) == text[start : start + length].encode()
 
 
 def test_a_token_that_begins_before_a_span_is_in_it(tmp_path: Path) -> None:
     ours, _, _ = made("tools", tmp_path)
-    tokens = encode_rendered(ours, " the clocks")
+    tokens = encode_rendered(ours, " the clocks", names_pattern(ours.special_tokens()))
     assert tokens.starts[0] == 0 and tokens.ends[0] > 2
     assert tokens.overlapping(((1, 2),)).tolist() == [True, *[False] * (len(tokens.ids) - 1)]
 
@@ -64,4 +64,7 @@ def test_the_longest_name_is_found(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
     ours = read_tokenizer(folder, end_of_document=None)
     text = f"{last['content']}>{last['content']}"
-    assert encode_rendered(ours, text).ids.tolist() == [last["id"] + 1, last["id"]]
+    assert encode_rendered(ours, text, names_pattern(ours.special_tokens())).ids.tolist() == [
+        last["id"] + 1,
+        last["id"],
+    ]
