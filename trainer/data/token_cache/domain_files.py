@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config.base import Config
 from trainer.data.sources.base import Document
@@ -64,10 +65,7 @@ def is_domain_intact(folder: Path, domain: DomainInfo, *, vocab_size: int, verif
 def write_document(writer: TokenWriter, tokenizer: Tokenizer, document: Document) -> int:
     """Append a document; return its bytes of text."""
     if document.encoded is not None:
-        tokens, is_learned = document.encoded
-        num_bytes = int(tokenizer.token_bytes()[tokens].sum())
-        writer.write(tokens, num_bytes=num_bytes, is_learned=is_learned, weight=document.weight)
-        return num_bytes
+        return _write_encoded(writer, tokenizer, *document.encoded, weight=document.weight)
     tokens = tokenizer.encode(document.text)
     num_prompt_tokens, num_bytes = 0, len(document.text.encode())
     if document.prompt:
@@ -82,6 +80,18 @@ def write_document(writer: TokenWriter, tokenizer: Tokenizer, document: Document
 
 def copy_document(writer: TokenWriter, tokenizer: Tokenizer, file: TokenFile, index: int) -> None:
     """Append a document of another token file of the same tokenizer."""
-    tokens, is_learned = file.document(index)
+    _write_encoded(writer, tokenizer, *file.document(index), weight=file.weight(index))
+
+
+def _write_encoded(
+    writer: TokenWriter,
+    tokenizer: Tokenizer,
+    tokens: NDArray[np.integer],
+    is_learned: NDArray[np.bool_],
+    *,
+    weight: float,
+) -> int:
+    """Append a document of which each token is learned or not; return its bytes of text."""
     num_bytes = int(tokenizer.token_bytes()[tokens].sum())
-    writer.write(tokens, num_bytes=num_bytes, is_learned=is_learned, weight=file.weight(index))
+    writer.write(tokens, num_bytes=num_bytes, is_learned=is_learned, weight=weight)
+    return num_bytes

@@ -28,7 +28,7 @@ class _DomainWriter:
     def add(self, document: Document) -> int:
         """Write the pieces whose side is known after this document; return their bytes."""
         self._num_documents += 1
-        self._is_chat |= document.encoded is not None
+        self._is_chat |= document.is_whole
         return self._write(self._split.add(document))
 
     def finish(self) -> DomainInfo:
