@@ -75,6 +75,11 @@ class DataConfig(Config):
     workers: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Number of processes that tokenise text in parallel; does not affect the result. Null: one for each core."""
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether a source holds conversations."""
+        return any(isinstance(source, ChatOptions) for source in self.sources)
+
     def problems(self) -> Iterator[Problem]:
         """Refuse options that need the end of a stream, and windows that cut conversations."""
         for index, source in enumerate(self.sources):

@@ -13,7 +13,6 @@ from trainer.data.chat.find_template import find_template
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.records.bad_records import SkippedRecords
-from trainer.data.sources.chat_options import ChatOptions
 from trainer.data.sources.document_options import StreamOptions
 from trainer.data.token_cache.block_stream import BlockStream
 from trainer.data.token_cache.build_cache import IngestProgress, build_sources
@@ -150,7 +149,7 @@ def _chat_setting(
     config: DataConfig, tokenizer: Tokenizer, seq_len: int | None, template: ChatTemplate | None
 ) -> ChatSetting | None:
     """Return how conversations are encoded; None if there are none."""
-    if not any(isinstance(source, ChatOptions) for source in config.sources):
+    if not config.has_chats:
         return None
     if seq_len is None:
         raise ValueError("seq_len is None; sources of conversations need that of the model")
@@ -159,8 +158,14 @@ def _chat_setting(
 
 
 def _locate(config: DataConfig, index: int, tokenizer: Tokenizer, chat: ChatSetting | None) -> CachedSource:
-    options = {"split": config.split, "cache_dir": config.cache_dir, "tokenizer": tokenizer, "chat": chat}
-    return CachedSource.locate(config.sources[index], index, **options)
+    return CachedSource.locate(
+        config.sources[index],
+        index,
+        split=config.split,
+        cache_dir=config.cache_dir,
+        tokenizer=tokenizer,
+        chat=chat,
+    )
 
 
 def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenizer, chat: ChatSetting | None) -> Corpus:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from trainer.data.sources.chat_options import ChatOptions
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
@@ -259,7 +258,6 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
     model, moe = values["model"], values["model"]["moe"]
     d_model, heads = min(model["d_model"], 64), min(model["num_heads"], 4)
     kv_heads = model["num_kv_heads"]
-    has_chats = any(isinstance(source, ChatOptions) for source in config.data.sources)
     model |= {
         "num_layers": min(model["num_layers"], 2 if moe is None else moe["first_dense_layers"] + 2 * moe["every"]),
         "d_model": d_model,
@@ -268,7 +266,7 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
         "num_kv_heads": None if kv_heads is None else max(1, heads * kv_heads // model["num_heads"]),
         "d_ff": min(model["d_ff"], 64),
         # A conversation that fits into a row must still do so.
-        "seq_len": model["seq_len"] if has_chats else min(model["seq_len"], 32),
+        "seq_len": model["seq_len"] if config.data.has_chats else min(model["seq_len"], 32),
         "init_std": 0.1,
     }
     if moe is not None:

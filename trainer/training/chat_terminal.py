@@ -21,7 +21,7 @@ from trainer.moe.causality import evaluation_warning
 from trainer.terminal import print_safe, visible
 from trainer.training.chat_session import AnswerOptions, ChatSession
 from trainer.training.load_trained import load_trained
-from trainer.training.run_template import chat_encoder, kept_template, trains_on_chats
+from trainer.training.run_template import chat_encoder, kept_template
 
 _COMMANDS: Final = (
     "/reset forgets the conversation, /undo its last exchange, /system TEXT says who the model is (no TEXT: nobody), "
@@ -57,7 +57,7 @@ def chat_with_run(config: ExperimentConfig, folder: RunFolder, chat: Chat) -> No
     template = _template_of(config, folder, tokenizer, console)
     encoder = chat_encoder(config, template, tokenizer)
     _ = encoder.stop_tokens  # a template that cannot be used is reported before the first message
-    before = (tokenizer.end_of_document,) if trains_on_chats(config) else ()  # as in its rows
+    before = (tokenizer.end_of_document,) if config.data.has_chats else ()  # as in its rows
     session = ChatSession(engine.model, encoder, replace(chat.answers, first_tokens=before), system=chat.system)
     terminal = ChatTerminal(session, where=str(checkpoint.path), directory=chat.directory)
     terminal.notice(f"{config.name}, step {checkpoint.step}. /help lists commands; {_KEYS}.")

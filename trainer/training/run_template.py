@@ -15,7 +15,6 @@ from trainer.data.chat.find_template import (
     template_files,
     template_in,
 )
-from trainer.data.sources.chat_options import ChatOptions
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
@@ -24,11 +23,6 @@ MIXED_CONVERSATIONS = (
     "model.document_mask is false: a conversation sees those before it in its row, as it never will when the model is "
     "used; set model.document_mask: true"
 )
-
-
-def trains_on_chats(config: ExperimentConfig) -> bool:
-    """Return whether a source of the config holds conversations."""
-    return any(isinstance(source, ChatOptions) for source in config.data.sources)
 
 
 def training_template(config: ExperimentConfig, folder: RunFolder, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -40,7 +34,7 @@ def training_template(config: ExperimentConfig, folder: RunFolder, tokenizer: To
         CheckpointError: if the config names another template now, or that file has another one.
         ChatTemplateError: if the template cannot be read.
     """
-    if not trains_on_chats(config):
+    if not config.data.has_chats:
         return None
     kept = None if fingerprint_in_use(folder) is None else template_in(folder.path)
     if kept is None:
@@ -84,7 +78,7 @@ def served_template(config: ExperimentConfig, template: ChatTemplate, tokenizer:
 
     Training rows have an end of document there, so the template writes it.
     """
-    if not trains_on_chats(config):
+    if not config.data.has_chats:
         return template
     names = {index: name for name, index in tokenizer.special_tokens().items()}
     return template.after(names[tokenizer.end_of_document])

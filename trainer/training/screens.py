@@ -12,7 +12,6 @@ from trainer.evaluation.run_summary import summarize_evaluation
 from trainer.metrics.records import loss_curve
 from trainer.training.generate_text import Sample
 from trainer.training.run import RunState
-from trainer.training.run_template import trains_on_chats
 
 Line = str | tuple[str, str]
 """A heading, or a label with its text."""
@@ -55,7 +54,7 @@ def header(run: RunState) -> list[Line]:
 
 def _next_command(run: RunState) -> tuple[str, str]:
     """Return what to do with the model, and the command that does it."""
-    if trains_on_chats(run.config):
+    if run.config.data.has_chats:
         return "answers", f"python -m trainer chat {run.folder.path}"
     return "more text", f"python -m trainer generate {run.folder.path}"
 

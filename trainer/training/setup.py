@@ -45,7 +45,7 @@ from trainer.training.model import build_parallel_model, check_kernel, meta_mode
 from trainer.training.resume import resume
 from trainer.training.routing_recorder import RoutingRecorder, open_replay
 from trainer.training.run import RunState
-from trainer.training.run_template import MIXED_CONVERSATIONS, save_template, trains_on_chats
+from trainer.training.run_template import MIXED_CONVERSATIONS, save_template
 from trainer.training.run_text import corpus_of_run
 from trainer.training.spikes import SpikeWindow
 
@@ -232,7 +232,7 @@ def write_run_folder(run: RunState, checkpoint: CheckpointHandle | None, device:
                 run.console.warning(identity.said)
             folder.write(folder.config, dump(run.config))
             run.write_skipped_rows()
-            if trains_on_chats(run.config) and not run.config.model.document_mask:
+            if run.config.data.has_chats and not run.config.model.document_mask:
                 run.console.warning(MIXED_CONVERSATIONS)
             for remark in corpus.remarks:
                 run.console.message(remark)
