@@ -56,9 +56,9 @@ class RowEncoder:
     """Encodes the conversations of a source."""
 
     def __init__(self, setting: ChatSetting, tokenizer: Tokenizer, *, learn: Learn, truncate: Truncate) -> None:
-        roles = [learn] if isinstance(learn, str) else learn
-        self._roles = frozenset({"assistant"} if isinstance(learn, str) else learn)
-        self._learns_all, self._shown, self._truncate = learn == "all", ", ".join(roles), truncate
+        self._roles = frozenset(["assistant"] if isinstance(learn, str) else learn)
+        self._shown = learn if isinstance(learn, str) else ", ".join(learn)
+        self._learns_all, self._truncate = learn == "all", truncate
         # The end of document before a conversation takes a position too (batches/packed_rows.py).
         self._max_tokens = setting.seq_len - 1
         self._encoder = ChatEncoder(
@@ -87,12 +87,12 @@ class RowEncoder:
         encoded, limit = self._encoded(row), self._max_tokens
         if len(encoded.tokens) > limit:
             if self._truncate == "left":
-                encoded = self._without_beginning(row, limit, where)
+                encoded = self._without_beginning(row, encoded, where)
             elif self._truncate == "right":
                 is_learned = np.append(encoded.is_learned[:limit], False)
                 encoded = EncodedRow(encoded.tokens[:limit], is_learned)
             else:
-                raise self._too_long(len(encoded.tokens), limit, where)
+                raise self._too_long(encoded, where)
         if not encoded.is_learned.any():
             found = f"{where}: nothing is learned in its {len(encoded.tokens)} tokens of a row (learn: {self._shown})"
             raise BadRecord(f"{found}; correct or remove the record", reason=NOTHING_LEARNED)
@@ -107,22 +107,21 @@ class RowEncoder:
         is_end_learned = row.messages[last]["role"] in self._roles and last not in row.not_learned
         return EncodedRow(chat.ids, np.append(chat.mask, is_end_learned))
 
-    def _without_beginning(self, row: ChatRow, limit: int, where: str) -> EncodedRow:
-        """Return the conversation without as few of its first exchanges as possible."""
+    def _without_beginning(self, row: ChatRow, whole: EncodedRow, where: str) -> EncodedRow:
+        """Return the conversation, which is too long, without as few of its first exchanges as possible."""
         users = [number for number, message in enumerate(row.messages) if message["role"] == "user"]
         num_kept = next((n for n, m in enumerate(row.messages) if m["role"] not in ("system", "developer")), 0)
         starts = [start for start in users if start > num_kept]
-        lengths: dict[int, EncodedRow] = {}
+        rest: dict[int, EncodedRow] = {}  # by the message that it begins with
 
         def fits(start: int) -> bool:
-            lengths[start] = self._encoded(_from(row, num_kept, start))
-            return len(lengths[start].tokens) <= limit
+            rest[start] = self._encoded(_from(row, num_kept, start))
+            return len(rest[start].tokens) <= self._max_tokens
 
         found = bisect_left(starts, True, key=fits)
         if found == len(starts):
-            shortest = len(lengths[starts[-1]].tokens) if starts else len(self._encoded(row).tokens)
-            raise self._too_long(shortest, limit, where, what="its last exchange alone")
-        return lengths[starts[found]]
+            raise self._too_long(rest[starts[-1]] if starts else whole, where, what="its last exchange alone")
+        return rest[starts[found]]
 
     def _refuse_unlearned(self, row: ChatRow, where: str) -> None:
         """Raise BadRecord if no turn is learned, before the template is asked."""
@@ -137,10 +136,11 @@ class RowEncoder:
         message = f"{where}: {found}; nothing is learned (learn: {self._shown}); correct or remove the record"
         raise BadRecord(message, reason=NOTHING_LEARNED)
 
-    def _too_long(self, num_tokens: int, limit: int, where: str, what: str = "the conversation") -> LongerThanRow:
+    def _too_long(self, encoded: EncodedRow, where: str, what: str = "the conversation") -> LongerThanRow:
+        limit = self._max_tokens
         return LongerThanRow(
-            f"{where}: {what} has {num_tokens} tokens, and a row of model.seq_len {limit + 1} takes {limit}; set a "
-            f"larger seq_len, or truncate: {'' if self._truncate == 'left' else 'left, '}right or drop",
+            f"{where}: {what} has {len(encoded.tokens)} tokens, and a row of model.seq_len {limit + 1} takes {limit}; "
+            f"set a larger seq_len, or truncate: {'' if self._truncate == 'left' else 'left, '}right or drop",
             reason=TOO_LONG,
         )
 
