@@ -155,15 +155,17 @@ def open_token_file(folder: Path, name: str, info: TokenFileInfo, *, vocab_size:
         if hashlib.sha256(checksums).hexdigest() != info.checksums_sha256:
             raise damaged(path)
         verified = CheckedArray(tokens, dtype, checksums)
-    weights, sha256 = None, info.weights_sha256
-    if sha256 is not None:
-        weights = _verified(folder / f"{name}.weights", WEIGHT, sha256)
+    gaps, weights = np.zeros(0, dtype=POSITION), None
+    if info.gaps_sha256 is not None:
+        gaps = _verified(folder / f"{name}.gaps", POSITION, info.gaps_sha256)
+    if info.weights_sha256 is not None:
+        weights = _verified(folder / f"{name}.weights", WEIGHT, info.weights_sha256)
     return TokenFile(
         tokens=verified,
         document_starts=_verified(folder / f"{name}.documents", POSITION, info.documents_sha256),
         answer_starts=_verified(folder / f"{name}.answers", POSITION, info.answers_sha256),
         num_bytes=info.num_bytes,
-        **({"gaps": _verified(folder / f"{name}.gaps", POSITION, info.gaps_sha256)} if info.gaps_sha256 else {}),
+        gaps=gaps,
         weights=weights,
     )
 
