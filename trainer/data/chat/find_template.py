@@ -1,7 +1,7 @@
 """The chat template of a run: a file, that of its tokenizer's folder, or one of ours."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -36,7 +36,8 @@ def find_template(config: ChatTemplateConfig, options: TokenizerOptions, tokeniz
     """
     folder = folder_of(options)
     tokens = special_tokens_in(folder) if folder else {}
-    end = next(name for name, index in _names(tokenizer) if index == tokenizer.end_of_document)
+    special = tokenizer.special_tokens()
+    end = next((name for name, index in special.items() if index == tokenizer.end_of_document), "")  # "": a plug-in's
     tokens = {"eos_token": end} | tokens
     text, name = _text(config, folder, tokenizer)
     return ChatTemplate(text, special_tokens=tokens, name=name, today=config.today)
@@ -147,8 +148,3 @@ def _default(folder: Path, entries: list[dict[str, Any]]) -> str | None:
         message = f"has the chat templates {listed}, and none is the default; name a file in data.chat_template.path"
         raise ChatTemplateError(f"{shown_path(folder / OPTIONS)}: {message}")
     return text
-
-
-def _names(tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
-    yield from tokenizer.special_tokens().items()
-    yield "", tokenizer.end_of_document  # a plug-in without names

@@ -68,8 +68,7 @@ class Conversation:
             raise self._refused(index, f"cannot be told apart from the others: {error}") from None
         if not text.startswith(shorter):
             same = next((i for i, (a, b) in enumerate(zip(text, shorter, strict=False)) if a != b), len(text))
-            parts = (shown(part[max(0, same - _EXCERPT) : same + _EXCERPT]) for part in (shorter, text))
-            alone, within = parts
+            alone, within = (shown(part[max(0, same - _EXCERPT) : same + _EXCERPT]) for part in (shorter, text))
             raise self._refused(index, f"follows {alone} on its own and {within} in the whole conversation")
         return len(shorter)
 
