@@ -156,9 +156,9 @@ class ChatTerminal:
             return
         path = self._directory / expand_home(name)
         try:
-            ends_with_line = not path.exists() or path.stat().st_size == 0 or path.read_bytes()[-1:] == b"\n"
+            begin = "\n" if _ends_within_line(path) else ""
             with path.open("a", encoding="utf-8") as file:
-                file.write(("" if ends_with_line else "\n") + self._session.as_row())
+                file.write(begin + self._session.as_row())
         except OSError as error:
             self._warn(f"{shown_path(path)}: cannot be written: {error.strerror}")
         except ValueError as error:  # U+0000
@@ -169,6 +169,15 @@ class ChatTerminal:
     def _warn(self, text: str) -> None:
         """Say what a person must know, also one who reads a file of answers."""
         print_safe(text, file=sys.stderr)
+
+
+def _ends_within_line(path: Path) -> bool:
+    """Return whether a file has an incomplete last line; only its last byte is read, since it may be large."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, io.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _template_of(config: ExperimentConfig, folder: RunFolder, tokenizer: Tokenizer, console: Console) -> ChatTemplate:
