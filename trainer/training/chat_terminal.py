@@ -32,7 +32,7 @@ _KEYS: Final = "Ctrl-C stops an answer, Ctrl-D ends"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """What a chat is to be like."""
+    """Options of a chat."""
 
     answers: AnswerOptions
     system: str | None = None

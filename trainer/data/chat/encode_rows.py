@@ -40,7 +40,7 @@ class LongerThanRow(BadRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSetting:
-    """What conversations are encoded with, apart from the tokenizer: the same for all sources of a run."""
+    """Template, its variables and length of a row, with which all sources of a run encode conversations."""
 
     template: ChatTemplate
     variables: dict[str, Any]

@@ -40,7 +40,7 @@ class ReadsFiles(TemplateError):
 
 @dataclass(slots=True)
 class Recording:
-    """What one rendering has done so far."""
+    """Output and work of one rendering so far."""
 
     length: int = 0
     """Characters of the blocks that are complete."""

@@ -27,7 +27,7 @@ class ConversationOptions(RecordsOptions):
     turns_key: Name | None = None
     """Column with the turns, where its name is another one; a.b is key b of a."""
     learn: Learn = "assistant"
-    """What is learned: what the `assistant` says, what it says after the last question (`last_turn`), `all` that the
+    """Text to learn: what the `assistant` says, what it says after the last question (`last_turn`), `all` that the
     template writes, or a list of roles. A message with `weight: 0` or `train: false` is not learned, nor is a
     prompt."""
     truncate: Truncate = "error"
