@@ -180,8 +180,8 @@ FAULTS = [
     _fault(
         "the factor A of a low-rank addition gets a gradient without its scale",
         "trainer/ops/grouped_kernel.py",
-        "    return products.rows(dz, b).mul_(scale)",
-        "    return products.rows(dz, b)",
+        "products.rows(dz, low.b).mul_(low.scale)",
+        "products.rows(dz, low.b)",
         LOW_RANK,
     ),
     _fault(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.ops.low_rank import LowRank, LowRankGradients
+from trainer.ops.low_rank import NO_ADAPTERS, ExpertAdapters, LowRankGradients
 from trainer.ops.weighted_activation import WeightedActivation
 
 
@@ -44,10 +44,7 @@ class LayerWeights:
     """(E, D, F)."""
     bias: Tensor | None = None
     """(E, H), added to the hidden values."""
-    adapter_in: LowRank | None = None
-    """Addition to w_in."""
-    adapter_out: LowRank | None = None
-    """Addition to w_out."""
+    adapters: ExpertAdapters = NO_ADAPTERS
     learns_in: bool = True
     """Whether w_in has a gradient: that of frozen weights is not computed."""
     learns_out: bool = True

@@ -68,7 +68,7 @@ class FusedKernel(FFNKernel):
     def forward(self, rows: ExpertRows, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         h, y = self._buffer(rows, weights.w_in.shape[1]), self._buffer(rows, weights.w_out.shape[1])
-        scale, low = self._extended(rows.scale), _adapters(rows, weights)
+        scale, low = self._extended(rows.scale), weights.adapters.of_rows(rows.x)
         w_in, w_out = weights.w_in.unbind(), weights.w_out.unbind()  # one operation, not one for each expert
         for e, group, (x,) in self._groups(rows, rows.x):
             hidden, out = h[group], y[group]
@@ -80,7 +80,7 @@ class FusedKernel(FFNKernel):
 
     def hidden(self, rows: ExpertRows, weights: LayerWeights) -> Tensor:
         """Return the hidden values."""
-        h, low = self._buffer(rows, weights.w_in.shape[1]), _adapters(rows, weights)
+        h, low = self._buffer(rows, weights.w_in.shape[1]), weights.adapters.of_rows(rows.x)
         w_in = weights.w_in.unbind()
         for e, group, (x,) in self._groups(rows, rows.x):
             self._first(x, w_in[e], weights, low, e, h[group])
@@ -106,7 +106,7 @@ class FusedKernel(FFNKernel):
 
     def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, weights: LayerWeights) -> RowGradients:
         """Return the gradients. Rows beyond a group have an output gradient of zeros, which adds nothing."""
-        scale, num_rows, low = self._extended(rows.scale), len(rows.scale), _adapters(rows, weights)
+        scale, num_rows, low = self._extended(rows.scale), len(rows.scale), weights.adapters.of_rows(rows.x)
         grads = _empty_gradients(weights, dx=self._buffer(rows, rows.x.shape[1]), d_scale=torch.empty_like(scale))
         sizes = rows.rows_per_expert.tolist()
         w_in, w_out = weights.w_in.mT.unbind(), weights.w_out.mT.unbind()
@@ -168,12 +168,6 @@ class FusedKernel(FFNKernel):
         return F.pad(values, (0, self.rows_multiple - 1)) if self.rows_multiple > 1 else values
 
 
-def _adapters(rows: ExpertRows, weights: LayerWeights) -> ExpertAdapters:
-    """Return the additions to both matrices in the dtype of the rows."""
-    given = weights.adapter_in, weights.adapter_out
-    return ExpertAdapters(*(None if low is None else low.of_rows(rows.x) for low in given))
-
-
 def _empty_gradients(weights: LayerWeights, *, dx: Tensor, d_scale: Tensor) -> RowGradients:
     """Return memory for the gradients of what learns."""
 
@@ -187,6 +181,6 @@ def _empty_gradients(weights: LayerWeights, *, dx: Tensor, d_scale: Tensor) -> R
         w_in=torch.empty_like(weights.w_in) if weights.learns_in else None,
         w_out=torch.empty_like(weights.w_out) if weights.learns_out else None,
         bias=None if bias is None else torch.zeros_like(bias),
-        adapter_in=of_factors(weights.adapter_in),
-        adapter_out=of_factors(weights.adapter_out),
+        adapter_in=of_factors(weights.adapters.w_in),
+        adapter_out=of_factors(weights.adapters.w_out),
     )

@@ -126,7 +126,7 @@ class GroupedKernel(FFNKernel):
         h = _hidden(products, rows, weights)
         a = self.activation.apply(h, rows.scale, self.activation.activation)
         y = products.rows(a, weights.w_out.to(h.dtype).mT)
-        return _with_low_rank(products, y, a, weights.adapter_out), h
+        return _with_low_rank(products, y, a, weights.adapters.w_out), h
 
     def hidden(self, rows: ExpertRows, weights: LayerWeights) -> Tensor:
         """Return the hidden values."""
@@ -135,25 +135,26 @@ class GroupedKernel(FFNKernel):
     def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, weights: LayerWeights) -> RowGradients:
         """Return the gradients."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
-        w_in, w_out, low_in, low_out = weights.w_in, weights.w_out, weights.adapter_in, weights.adapter_out
+        w_in, w_out, given = weights.w_in, weights.w_out, weights.adapters
+        low = given.of_rows(rows.x, multiple=products.rank_multiple)
         dy = grad.index_select(0, rows.token_of_row)  # (R, D)
-        v_out = _narrow_gradient(products, dy, low_out)  # (R, r)
-        da = _input_gradient(products, dy, w_out, low_out, v_out)  # (R, F)
+        v_out = _narrow_gradient(products, dy, low.w_out)  # (R, r)
+        da = _input_gradient(products, dy, w_out, low.w_out, v_out)  # (R, F)
         a, dh, d_scale = self.activation.gradients(da, h, rows.scale, self.activation.activation)
         del da
         grad_w_out = products.weights(dy, a).to(w_out.dtype) if weights.learns_out else None
-        grad_low_out = _factor_gradients(products, dy, a, low_out, v_out)
+        grad_low_out = _factor_gradients(products, dy, a, v_out, low.w_out, given.w_out)
         del dy, a
         grad_w_in = grad_low_in = None
-        v_in = _narrow_gradient(products, dh, low_in)
-        if weights.learns_in or low_in is not None:
+        v_in = _narrow_gradient(products, dh, low.w_in)
+        if weights.learns_in or low.w_in is not None:
             x = rows.x.index_select(0, rows.token_of_row)
             grad_w_in = products.weights(dh, x).to(w_in.dtype) if weights.learns_in else None
-            grad_low_in = _factor_gradients(products, dh, x, low_in, v_in)
+            grad_low_in = _factor_gradients(products, dh, x, v_in, low.w_in, given.w_in)
             del x
         bias = weights.bias if weights.learns_bias else None
         return RowGradients(
-            x=_input_gradient(products, dh, w_in, low_in, v_in),
+            x=_input_gradient(products, dh, w_in, low.w_in, v_in),
             scale=d_scale,
             w_in=grad_w_in,
             w_out=grad_w_out,
@@ -166,7 +167,7 @@ class GroupedKernel(FFNKernel):
 def _hidden(products: GroupedProducts, rows: ExpertRows, weights: LayerWeights) -> Tensor:
     """Return the hidden values (R, H)."""
     x = rows.x.index_select(0, rows.token_of_row)
-    h = _with_low_rank(products, products.rows(x, weights.w_in.to(x.dtype).mT), x, weights.adapter_in)
+    h = _with_low_rank(products, products.rows(x, weights.w_in.to(x.dtype).mT), x, weights.adapters.w_in)
     return h if weights.bias is None else h.add_(weights.bias.to(h.dtype).index_select(0, rows.expert_of_row))
 
 
@@ -180,10 +181,7 @@ def _with_low_rank(products: GroupedProducts, z: Tensor, x: Tensor, low: LowRank
 
 def _narrow_gradient(products: GroupedProducts, dz: Tensor, low: LowRank | None) -> Tensor | None:
     """Return v = s dz B (R, r), the gradient of x A^T."""
-    if low is None:
-        return None
-    _, b, scale = low.of_rows(dz, multiple=products.rank_multiple)
-    return products.rows(dz, b).mul_(scale)
+    return None if low is None else products.rows(dz, low.b).mul_(low.scale)
 
 
 def _input_gradient(products: GroupedProducts, dz: Tensor, w: Tensor, low: LowRank | None, v: Tensor | None) -> Tensor:
@@ -191,15 +189,15 @@ def _input_gradient(products: GroupedProducts, dz: Tensor, w: Tensor, low: LowRa
     dx = products.rows(dz, w.to(dz.dtype))
     if low is None or v is None:
         return dx
-    return dx.add_(products.rows(v, low.of_rows(dz, multiple=products.rank_multiple).a))
+    return dx.add_(products.rows(v, low.a))
 
 
 def _factor_gradients(
-    products: GroupedProducts, dz: Tensor, x: Tensor, low: LowRank | None, v: Tensor | None
+    products: GroupedProducts, dz: Tensor, x: Tensor, v: Tensor | None, low: LowRank | None, given: LowRank | None
 ) -> LowRankGradients | None:
-    if low is None or v is None:
+    """Return the gradients of the factors that were given, of which `low` are the form for the products."""
+    if low is None or given is None or v is None:
         return None
-    a, _, scale = low.of_rows(x, multiple=products.rank_multiple)
-    rank, u = low.a.shape[1], products.rows(x, a.mT).mul_(scale)  # (R, r)
+    rank, u = given.a.shape[1], products.rows(x, low.a.mT).mul_(low.scale)  # (R, r)
     da, db = products.weights(v, x)[:, :rank], products.weights(dz, u)[:, :, :rank]
-    return LowRankGradients(da.to(low.a.dtype).contiguous(), db.to(low.b.dtype).contiguous())
+    return LowRankGradients(da.to(given.a.dtype).contiguous(), db.to(given.b.dtype).contiguous())

@@ -8,7 +8,7 @@ Source: LoRA (arXiv 2106.09685), for each expert by itself.
 # R rows, E experts, K and N widths of a product, r rank.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,9 +26,10 @@ class LowRank(NamedTuple):
 
     def of_rows(self, rows: Tensor, *, multiple: int = 1) -> "LowRank":
         """Return the same in the dtype of some rows, the rank filled up with zeros to a multiple."""
-        missing = -self.a.shape[1] % multiple
-        a, b = F.pad(self.a, (0, 0, 0, missing)), F.pad(self.b, (0, missing))
-        return LowRank(a.to(rows.dtype), b.to(rows.dtype), self.scale)
+        a, b = self.a.to(rows.dtype), self.b.to(rows.dtype)
+        if missing := -self.a.shape[1] % multiple:
+            a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+        return LowRank(a, b, self.scale)
 
     def part(self, first: int, end: int) -> "LowRank":
         """Return the addition to the matrices of some of the experts."""
@@ -53,3 +54,10 @@ class ExpertAdapters(NamedTuple):
     def part(self, first: int, end: int) -> "ExpertAdapters":
         """Return those of some of the experts."""
         return ExpertAdapters(*(None if low is None else low.part(first, end) for low in self))
+
+    def of_rows(self, rows: Tensor, *, multiple: int = 1) -> "ExpertAdapters":
+        """Return the same in the dtype of some rows, ranks filled up with zeros to a multiple."""
+        return ExpertAdapters(*(None if low is None else low.of_rows(rows, multiple=multiple) for low in self))
+
+
+NO_ADAPTERS: Final = ExpertAdapters(None, None)

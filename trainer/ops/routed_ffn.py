@@ -134,16 +134,17 @@ def _layer_weights(
     """Return the weights that a kernel takes; `learns` is of w_in, w_out and the first bias."""
     w_in, w_out, bias, _, *factors = parameters
     assert w_in is not None and w_out is not None, "a layer has both"
-    adapters = [
-        None if a is None or b is None or scale is None else LowRank(a, b, scale)
-        for a, b, scale in zip(factors[::2], factors[1::2], how.scales, strict=True)
-    ]
+    adapters = ExpertAdapters(
+        *(
+            None if a is None or b is None or scale is None else LowRank(a, b, scale)
+            for a, b, scale in zip(factors[::2], factors[1::2], how.scales, strict=True)
+        )
+    )
     return LayerWeights(
         w_in=w_in,
         w_out=w_out,
         bias=bias,
-        adapter_in=adapters[0],
-        adapter_out=adapters[1],
+        adapters=adapters,
         learns_in=learns[0],
         learns_out=learns[1],
         learns_bias=learns[2],
