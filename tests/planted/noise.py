@@ -128,14 +128,12 @@ FAULTS = [
         "tests/laws/test_router_oracles.py",
     ),
     # Who has it
-    _fault(
-        "training has no noise", STEP, "RoutingOptions(noise_seed=self.numerics.seed, top_k", "RoutingOptions(top_k"
-    ),
+    _fault("training has no noise", STEP, "noise_seed=self.numerics.seed, top_k", "top_k"),
     _fault(
         "training has the noise of another seed",
         STEP,
-        "RoutingOptions(noise_seed=self.numerics.seed, top_k",
-        "RoutingOptions(noise_seed=0, top_k",
+        "noise_seed=self.numerics.seed, top_k",
+        "noise_seed=0, top_k",
     ),
     _fault(
         "the pass that counts has no noise",
@@ -147,27 +145,27 @@ FAULTS = [
     _fault(
         "evaluation is given the noise seed",
         STEP,
-        "options = RoutingOptions(dropless=dropless,",
-        "options = RoutingOptions(noise_seed=self.numerics.seed, dropless=dropless,",
+        "dropless=dropless, top_k=top_k,",
+        "noise_seed=self.numerics.seed, dropless=dropless, top_k=top_k,",
     ),
     _fault(
         "evaluation is dropless whatever was asked for",
         STEP,
-        "RoutingOptions(dropless=dropless, top_k=top_k,",
-        "RoutingOptions(dropless=True, top_k=top_k,",
+        "dropless=dropless, top_k=top_k,",
+        "dropless=True, top_k=top_k,",
     ),
     _fault(
         "evaluation is never dropless",
         STEP,
-        "RoutingOptions(dropless=dropless, top_k=top_k,",
-        "RoutingOptions(top_k=top_k,",
+        "dropless=dropless, top_k=top_k,",
+        "top_k=top_k,",
         "tests/unit/engine/test_native.py",
     ),
     _fault(
         "evaluation ignores the k that was asked for",
         STEP,
-        "RoutingOptions(dropless=dropless, top_k=top_k,",
-        "RoutingOptions(dropless=dropless,",
+        "dropless=dropless, top_k=top_k,",
+        "dropless=dropless,",
     ),
     _fault(
         "routers that look ahead do so in evaluation",

@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -134,10 +134,12 @@ class StepEngine(Engine):
         recorder.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]
         denominators = self._denominators(batches)
-        options = RoutingOptions(noise_seed=self.numerics.seed, top_k=self._drawn_top_k())
+        options = RoutingOptions(
+            noise_seed=self.numerics.seed, top_k=self._drawn_top_k(), return_experts=return_experts
+        )
         prepass = self.global_stats.prepass(batches, lambda batch: self._forward(batch, options))
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
-        options, experts = replace(options, return_experts=return_experts), []
+        experts: list[Tensor] = []
         for batch in batches:
             recorder.enter("forward")
             output = self._forward(batch, options)
@@ -222,8 +224,9 @@ class StepEngine(Engine):
         """Evaluate a batch without gradients and noise."""
         self.mesh.world.recorder.enter("evaluation batch")
         batch = batch.to(self.device)
-        options = RoutingOptions(dropless=dropless, top_k=top_k, counts_targets_only=True)
-        options = replace(options, return_experts=return_experts)
+        options = RoutingOptions(
+            dropless=dropless, top_k=top_k, counts_targets_only=True, return_experts=return_experts
+        )
         with torch.no_grad():
             output = self._forward(batch, options)
         routing = RoutingSums.of(output.moe)
