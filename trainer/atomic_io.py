@@ -57,7 +57,7 @@ def open_unshared(path: Path, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     try:
-        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as shared, _replacing(path) as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as shared, replacing(path) as file:
             shutil.copyfileobj(shared, file, _COPY_BLOCK_BYTES)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
@@ -69,7 +69,7 @@ def replace_file(path: Path, content: str) -> None:
 
     If the disk refuses (OSError), the old file is unchanged and no temporary file is left.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(content.encode())
 
 
@@ -92,7 +92,7 @@ def copy_file(source: Path, target: Path, *, size_bytes: int | None = None) -> N
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a new file that replaces the one at `path` at the end, unless there was an error."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import fault_injection
-from trainer.atomic_io import replace_file, sync_folder
+from trainer.atomic_io import replace_file, replacing
 from trainer.config.nodes import shown, shown_path
 from trainer.data.tokenizers.base import token_dtype
 from trainer.errors import ConfigError, DataError, ResourceError
@@ -114,14 +113,9 @@ class RecordWriter:
                 "domain": np.array([s.domain for s in self._sequences], np.int64),
             }
         )
-        temporary = path.with_name(f".{path.name}")
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fault_injection.hit("routing_record.written")
-        temporary.rename(path)
-        sync_folder(path.parent)
+            fault_injection.hit("routing_record.written")
 
 
 def finish_record(folder: Path, facts: RecordFacts) -> RecordManifest:
@@ -193,5 +187,5 @@ def keep_recorded_steps(folder: Path, *, up_to: int) -> None:
         match = _NAME.fullmatch(path.name)
         if match is not None and int(match[1] or 0) > up_to:
             path.unlink()
-    for path in folder.glob(".step*.safetensors"):  # left by a killed process
+    for path in folder.glob(".step*.safetensors*"):  # left by a killed process
         path.unlink()
