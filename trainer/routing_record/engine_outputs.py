@@ -30,6 +30,7 @@ from trainer.data.records.base import Record
 from trainer.data.records.json_lines import JsonlReader
 from trainer.errors import DataError
 from trainer.models.config import ModelConfig
+from trainer.routing_record.expert_ids import repeated_expert, unknown_expert
 from trainer.routing_record.record_manifest import ModelFacts, RecordFacts, RecordManifest
 from trainer.routing_record.record_writer import RecordWriter, RoutedSequence, finish_record
 
@@ -83,7 +84,10 @@ def sequence_of_output(record: Record, model: ModelFacts, *, num_layers: int, nu
             f"{where}: has {len(tokens)} tokens and the experts of {len(experts)}; a sequence has those of all tokens "
             "or of all but the last; join streamed parts, and give the prompt"
         )
-    _check(experts, where, model)
+    if unknown := unknown_expert(experts, model):
+        raise DataError(f"{where}: {unknown}")
+    if repeated := repeated_expert(experts, model):
+        raise DataError(f"{where}: {repeated}; ask it without prefix cache")
     learned = _find(values, "loss_mask")
     if learned is None:
         learned = [False] * len(prompt) + [True] * len(written)
@@ -178,20 +182,3 @@ def _of_model(array: NDArray[np.int64], where: str, model: ModelFacts, num_layer
         f"{where}: has {layers} layers, and the model has {len(model.moe_layers)} with experts, of {num_layers}; name "
         "the model that the engine ran"
     )
-
-
-def _check(experts: NDArray[np.int64], where: str, model: ModelFacts) -> None:
-    """Check that a token's experts (n, L, k) exist and differ."""
-    wrong = (experts < 0) | (experts >= model.num_choices)
-    if wrong.any():
-        token, layer, slot = (int(at) for at in np.argwhere(wrong)[0])
-        expert = int(experts[token, layer, slot])
-        place = f"token {token}, layer {model.moe_layers[layer]}"
-        raise DataError(f"{where}: {place}: expert {expert}, and there are {model.num_choices}")
-    twice = (np.diff(np.sort(experts, axis=-1), axis=-1) == 0).any(-1)
-    if twice.any():
-        token, layer = (int(at) for at in np.argwhere(twice)[0])
-        raise DataError(
-            f"{where}: token {token}, layer {model.moe_layers[layer]}: has an expert twice "
-            f"({experts[token, layer].tolist()}), as where an engine has recorded nothing; ask it without prefix cache"
-        )

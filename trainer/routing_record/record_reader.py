@@ -16,6 +16,7 @@ from trainer.checkpoint.safetensors_file import open_tensors
 from trainer.config.nodes import shown_path
 from trainer.data.tokenizers.base import token_dtype
 from trainer.errors import CheckpointError, DataError
+from trainer.routing_record.expert_ids import repeated_expert, unknown_expert
 from trainer.routing_record.record_manifest import TENSORS, read_record_manifest
 from trainer.routing_record.record_writer import RoutedSequence, expert_dtype
 
@@ -80,7 +81,8 @@ class RoutingRecord:
             self._refuse(number, f"token {at}: id {tokens[at]}, and ids are below {self.manifest.vocab_size}")
         if (experts[-1] == np.iinfo(experts.dtype).max).all():
             experts = experts[:-1]
-        self._check_experts(number, experts.astype(np.int64))
+        if wrong := unknown_expert(experts, self.manifest.model) or repeated_expert(experts, self.manifest.model):
+            self._refuse(number, wrong)
         return RoutedSequence(
             tokens=tokens,
             experts=experts,
@@ -88,23 +90,6 @@ class RoutingRecord:
             sample_id=int(index.sample_id[number]),
             domain=int(index.domain[number]),
         )
-
-    def _check_experts(self, number: int, experts: NDArray[np.int64]) -> None:
-        """Check that a token's experts (n, L, k) exist and differ."""
-        choices, layers = self.manifest.model.num_choices, self.manifest.model.moe_layers
-        if experts.max(initial=0) >= choices:
-            token, layer, slot = (int(at) for at in np.argwhere(experts >= choices)[0])
-            expert = int(experts[token, layer, slot])
-            self._refuse(number, f"token {token}, layer {layers[layer]}: expert {expert}, and there are {choices}")
-        repeated = np.diff(np.sort(experts, axis=-1), axis=-1) == 0
-        if repeated.any():
-            token, layer, _ = (int(at) for at in np.argwhere(repeated)[0])
-            twice = experts[token, layer].tolist()
-            self._refuse(
-                number,
-                f"token {token}, layer {layers[layer]}: has an expert twice ({twice}), as where an engine has recorded "
-                "nothing",
-            )
 
     def _refuse(self, number: int, what: str) -> NoReturn:
         raise DataError(f"{self.place(number)}, {what}; record again")
