@@ -4,7 +4,6 @@
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -115,11 +114,6 @@ def check_same_model(record: RoutingRecord, model: ModelFacts, *, tokenizer: str
             f"{where} has token ids below {record.manifest.vocab_size}, and this model knows {vocab_size}; it was "
             "recorded with another tokenizer"
         )
-
-
-def open_record(path: str, *, verify: bool) -> RoutingRecord:
-    """Open the record of `train.routing_replay`."""
-    return RoutingRecord(Path(path), verify=verify)
 
 
 def _short(value: object) -> str:
