@@ -51,7 +51,8 @@ class ReplayedRows:
         """
         rows, length = batch.tokens.shape
         model = self._record.manifest.model
-        experts = torch.arange(model.top_k).expand(rows, length, len(model.moe_layers), -1).clone()
+        dtype = torch.uint8 if model.num_choices <= 256 else torch.int32
+        experts = torch.arange(model.top_k, dtype=dtype).expand(rows, length, len(model.moe_layers), -1).clone()
         for row, sample in enumerate(batch.sample_id[:, 0].tolist()):
             if sample == PADDING:
                 continue
@@ -69,8 +70,8 @@ class ReplayedRows:
                     f"{where}, position {at}: token {sequence.tokens[at]} was recorded, and this run reads "
                     f"{tokens[at]}; its text is another; use the config of the recorded run"
                 )
-            experts[row, batch.valid[row]] = torch.from_numpy(sequence.experts.astype(np.int64))
-        return replace(batch, experts=experts.to(torch.uint8 if model.num_choices <= 256 else torch.int32))
+            experts[row, batch.valid[row]] = torch.from_numpy(sequence.experts.astype(np.int32)).to(dtype)
+        return replace(batch, experts=experts)
 
     def _find(self, sample: int) -> int:
         at = int(np.searchsorted(self._sample_id, sample))
