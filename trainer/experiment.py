@@ -183,8 +183,7 @@ class ExperimentConfig(Config):
             what = "a kernel of your own" if ":" in kernel else kernel
             text = f"true, and {what} has no biases; use false, or parallel.experts_kernel: auto"
             yield Problem("model.moe.expert_bias", text)
-        lora = self.model.lora
-        adapted = set() if lora is None else {each.group for each in lora.chosen(self.model.projections())}
+        adapted = {each.group for each in self.model.adapted()}
         if "experts" in adapted and kernel not in ("auto", *LORA_KERNELS):
             problem = f"{kernel} computes no adapters (model.lora) of experts"
             others = ", ".join(sorted(adapted - {"experts"})) or "attention"

@@ -169,6 +169,10 @@ class ModelConfig(Config):
             found += network_projections(group, d_model=D, width=width, hidden=hidden, count=count)
         return found
 
+    def adapted(self) -> list[Projection]:
+        """Return the matrices of the blocks that have adapters."""
+        return [] if self.lora is None else self.lora.chosen(self.projections())
+
     def weights(self, *, vocab_size: int) -> Weights:
         """Count the parameters without building the model; `vocab_size` is that of the tokenizer."""
         vocab_size = self.vocab_size or vocab_size

@@ -70,7 +70,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.vocab_size, bias=False)
         if config.lora is not None:
-            add_adapters(self, config.lora, config.lora.chosen(config.projections()))
+            add_adapters(self, config.lora, config.adapted())
         self.loss_chunk: int | None = None
         """Maximum tokens whose logits exist at once; None: all."""
         self.compiled_norm: Callable[[Tensor], Tensor] | None = None

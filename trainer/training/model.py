@@ -146,10 +146,7 @@ def check_kernel(
 
 def _adapter_widths(model: ModelConfig) -> AdapterWidths | None:
     """Return what the adapters of experts are; None without any."""
-    lora = model.lora
-    names = (
-        set() if lora is None else {each.name for each in lora.chosen(model.projections()) if each.group == "experts"}
-    )
+    lora, names = model.lora, {each.name for each in model.adapted() if each.group == "experts"}
     if lora is None or not names:
         return None
     return AdapterWidths(rank=lora.rank, scale=lora.scale, of_w_in="w_in" in names, of_w_out="w_out" in names)
