@@ -1,0 +1,1 @@
+"""Many trainings of one question: trials, slots, folds, and the point to choose."""

@@ -1,0 +1,1 @@
+"""Recorded routing under another capacity, k, placement or layout, without training."""
