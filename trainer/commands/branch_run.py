@@ -8,12 +8,13 @@ from typing import Final
 
 from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.commands.resolve import check_run_folder, existing_run, recorded_config
+from trainer.commands.resolve import check_run_folder, existing_run
 from trainer.config.check_packages import check_packages
 from trainer.config.dump import dump
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
+from trainer.runs.recorded_config import recorded_config
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PATIENCE_S, _POLL_S = 600.0, 0.5

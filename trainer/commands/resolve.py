@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,9 @@ from trainer.commands.shipped import check_name
 from trainer.config.check_packages import check_packages
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
-from trainer.config.old_names import OldNameWarning
-from trainer.config.plugins import searching
 from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
+from trainer.runs.recorded_config import recorded_config
 
 _STEP: Final = re.compile(r"step_(\d{1,18})", re.ASCII)
 """Name of a checkpoint's folder."""
@@ -47,16 +45,6 @@ def run_to_read(path: Path) -> tuple[ExperimentConfig, RunFolder]:
         raise CheckpointError(f"{path}: has no config.yaml, so it is not a run folder; train first")
     config = load_config_of(path)
     return config, RunFolder(path) if path.is_dir() else run_folder_of(config)
-
-
-def recorded_config(folder: RunFolder, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Load the config kept in a run folder, without warnings about old names: the user did not write it.
-
-    Plug-ins are also looked up in the working directory that the run was started in.
-    """
-    with warnings.catch_warnings(), searching(folder.recorded_directories()):
-        warnings.simplefilter("ignore", OldNameWarning)
-        return load(folder.config, overrides, ExperimentConfig)
 
 
 def run_folder_of(config: ExperimentConfig) -> RunFolder:
