@@ -52,7 +52,7 @@ def _products(experts: Experts, name: str) -> Tensor:
 
 
 def compared_outputs(x: Tensor, experts: Experts) -> NDArray[np.float64]:
-    """Return (E, E) the mean cosine of two experts' outputs on tokens x (T, D), dropless and without combine weights."""
+    """Return (E, E) the mean cosine of two experts' outputs on tokens x (T, D), without combine weights."""
     empty = x.new_zeros(0)
     return output_similarity(LayerTrace(x=x, weight=empty, counts=empty), experts).cpu().double().numpy()
 
@@ -60,12 +60,11 @@ def compared_outputs(x: Tensor, experts: Experts) -> NDArray[np.float64]:
 def duplicates(weights: NDArray[np.float64], outputs: NDArray[np.float64] | None) -> tuple[DuplicateExperts, ...]:
     """Return the pairs whose weights or outputs have a cosine of at least `DUPLICATE`, the most alike first."""
     alike = weights if outputs is None else np.maximum(weights, outputs)
-    found = [
-        (float(alike[a, b]), a, b) for a in range(len(alike)) for b in range(a + 1, len(alike)) if alike[a, b] >= DUPLICATE
-    ]
+    pairs = np.argwhere(np.triu(alike >= DUPLICATE, k=1)).tolist()
+    pairs.sort(key=lambda pair: -alike[pair[0], pair[1]])
     return tuple(
         DuplicateExperts(
             first=a, second=b, weights=float(weights[a, b]), outputs=None if outputs is None else float(outputs[a, b])
         )
-        for _, a, b in sorted(found, key=lambda pair: (-pair[0], pair[1:]))
+        for a, b in pairs
     )
