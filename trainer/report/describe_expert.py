@@ -87,9 +87,7 @@ def _domain_lift(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return shares / np.where(mean > 0, mean, 1)
 
 
-def _excerpts(
-    described: DescribedText, places: NDArray[np.int64], words: Sequence[FoundWord]
-) -> tuple[Excerpt, ...]:
+def _excerpts(described: DescribedText, places: NDArray[np.int64], words: Sequence[FoundWord]) -> tuple[Excerpt, ...]:
     """Return passages around tokens at `places`: at the ends of an expert's words, else evenly spaced ones."""
     if not len(places):
         return ()
@@ -126,9 +124,7 @@ def _row_shares(text: TextRows, choices: Choices, num_experts: int) -> NDArray[n
     return np.where(tokens >= min(_FEWEST_TOKENS, text.tokens.shape[1]), counts / np.maximum(1, tokens), -1.0)
 
 
-def _typical_rows(
-    described: DescribedText, shares: NDArray[np.float64], share_of_all: float
-) -> tuple[TypicalRow, ...]:
+def _typical_rows(described: DescribedText, shares: NDArray[np.float64], share_of_all: float) -> tuple[TypicalRow, ...]:
     """Return the rows with the highest shares of an expert, if they are above its share of all tokens."""
     text, best = described.text, np.argsort(-shares, kind="stable")[:_MOST_ROWS]
     return tuple(
@@ -136,9 +132,7 @@ def _typical_rows(
             domain=text.domains[text.domain[row]],
             row=int(text.number[row]),
             share=float(shares[row]),
-            text=described.shown.beginning(
-                text.tokens[row][text.document[row] >= 0].tolist(), most_bytes=_ROW_BYTES
-            ),
+            text=described.shown.beginning(text.tokens[row][text.document[row] >= 0].tolist(), most_bytes=_ROW_BYTES),
         )
         for row in best
         if shares[row] > share_of_all
