@@ -35,7 +35,7 @@ def sets(chosen: Choices) -> list[set[int]]:
 def test_counts_by_domain_together_and_over_layers_are_those_of_a_loop() -> None:
     first, second = choices(0), choices(1)
     domain = np.arange(N) % 3
-    by_domain = Counter((g, e) for g, chosen in zip(domain, sets(first), strict=True) for e in chosen)
+    by_domain = Counter((g, e) for g, chosen in zip(domain.tolist(), sets(first), strict=True) for e in chosen)
     counted = domain_counts(first, domain, num_domains=3, num_experts=E)
     assert counted.tolist() == [[by_domain[g, e] for e in range(E)] for g in range(3)]
     together = coactivation(first, E)
