@@ -1,6 +1,6 @@
 r"""The numbers of a report: one `ReportData` for each run, measured by measure_*.py, drawn by report_page.py.
 
-Everything is plain: strings, numbers, tuples and dataclasses, so that `to_json` is all of it. A number that could not
+Everything is plain: strings, numbers, tuples and dataclasses, so that `report_json` is all of it. A number that could not
 be measured is None, never a guess; `ReportData.remarks` says why. Matrices are tuples of rows of float.
 
 Text is whole Unicode, with control characters and bytes that are no UTF-8 as escapes such as \n and \xff. It is not
@@ -225,14 +225,14 @@ class ReportData:
     """Sentences for the reader: what could not be measured, and why."""
 
 
-def to_json(value: Any) -> Any:
+def report_json(value: Any) -> Any:
     """Return a value of dataclasses, mappings and sequences as what `json.dumps` takes; NaN and infinity are None."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: to_json(getattr(value, entry.name)) for entry in fields(value)}
+        return {entry.name: report_json(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_json(entry) for key, entry in value.items()}
+        return {str(key): report_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [to_json(entry) for entry in value]
+        return [report_json(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

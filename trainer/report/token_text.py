@@ -27,11 +27,11 @@ class TokenText:
 
     def of(self, tokens: Iterable[int]) -> str:
         """Return the text of tokens; parts of characters at its ends stay, as escapes."""
-        return readable(self._bytes(tokens))
+        return escaped_text(self._bytes(tokens))
 
     def beginning(self, tokens: Sequence[int], *, most_bytes: int) -> str:
         """Return the first bytes of a row, cut between characters."""
-        return readable(whole_end(whole_start(self._bytes(tokens[:most_bytes]))[:most_bytes]))
+        return escaped_text(whole_end(whole_start(self._bytes(tokens[:most_bytes]))[:most_bytes]))
 
     def around(self, tokens: Sequence[int], index: int, *, most_bytes: int) -> Passage:
         """Return a token of a row with at most so many bytes before and after it.
@@ -49,9 +49,9 @@ class TokenText:
         if missing and len(after) >= missing and all(_is_continuation(byte) for byte in after[:missing]):
             token, after = token + after[:missing], after[missing:]
         return Passage(
-            before=readable(whole_start(before[-most_bytes:] if most_bytes else b"")),
-            token=readable(token),
-            after=readable(whole_end(after[:most_bytes])),
+            before=escaped_text(whole_start(before[-most_bytes:] if most_bytes else b"")),
+            token=escaped_text(token),
+            after=escaped_text(whole_end(after[:most_bytes])),
         )
 
     def _bytes(self, tokens: Iterable[int]) -> bytes:
@@ -63,7 +63,7 @@ class TokenText:
         return self._known[token]
 
 
-def readable(text: bytes) -> str:
+def escaped_text(text: bytes) -> str:
     r"""Decode UTF-8; bytes that are none, and characters that cannot be seen, become escapes such as \xff and \n."""
     return "".join(_shown(character) for character in text.decode("utf-8", errors="backslashreplace"))
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-from trainer.report.report_data import MeasuredText, ReportData, RunCard, to_json
+from trainer.report.report_data import MeasuredText, ReportData, RunCard, report_json
 
 
 def card() -> RunCard:
@@ -37,7 +37,7 @@ def test_every_number_is_strict_json_and_keeps_its_place() -> None:
         loss=0.1,
         bits_per_byte=0.2,
     )
-    found = json.loads(json.dumps(to_json([ReportData(card=card(), text=text)]), allow_nan=False))
+    found = json.loads(json.dumps(report_json([ReportData(card=card(), text=text)]), allow_nan=False))
     assert found[0]["card"]["last"] == {"loss": None, "eval/loss": 2.5}
     assert found[0]["text"]["domain_loss"] == [1.0, None] and found[0]["text"]["loss"] == 0.1
     assert found[0]["layers"] == [] and found[0]["card"]["config"] == {"train": {"steps": 12}}

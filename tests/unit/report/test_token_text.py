@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.tokenizers.byte import ByteTokenizer
-from trainer.report.token_text import TokenText, readable
+from trainer.report.token_text import TokenText, escaped_text
 
 TEXT = "a\u00e4\u4e2d\U0001f600b"
 SHOWN = TokenText(ByteTokenizer())
@@ -35,5 +35,5 @@ def test_any_bytes_become_text_that_can_be_seen(raw: bytes, index: int, most: in
 
 
 def test_control_characters_and_ends_of_documents_have_names() -> None:
-    assert readable(b"\n\x1b[31m\xff\xe4 \xe2\x80\xae") == "\\n\\x1b[31m\\xff\\xe4 \\u202e"
+    assert escaped_text(b"\n\x1b[31m\xff\xe4 \xe2\x80\xae") == "\\n\\x1b[31m\\xff\\xe4 \\u202e"
     assert SHOWN.of([65, 0xFF, 66]) == "A<|endoftext|>B"
