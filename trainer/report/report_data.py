@@ -1,7 +1,7 @@
 r"""The numbers of a report: one `ReportData` for each run, measured by measure_*.py, drawn by report_page.py.
 
-Everything is plain: strings, numbers, tuples and dataclasses, so that `report_json` is all of it. A number that could not
-be measured is None, never a guess; `ReportData.remarks` says why. Matrices are tuples of rows of float.
+Everything is plain: strings, numbers, tuples and dataclasses, so that `report_json` is all of it. A number that could
+not be measured is None, never a guess; `ReportData.remarks` says why. Matrices are tuples of rows of float.
 
 Text is whole Unicode, with control characters and bytes that are no UTF-8 as escapes such as \n and \xff. It is not
 escaped for HTML: whoever writes a page does that.
