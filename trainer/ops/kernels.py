@@ -32,6 +32,8 @@ from trainer.ops.weighted_activation import weighted_activation
 
 _MANY_ROWS = 512
 """Rows per expert from which its matrix products dominate the runtime."""
+_FEW_WEIGHTS = 8192
+"""d_model * d_ff below which oneDNN, which rearranges the operands of each product first, is slower than MKL."""
 _MXFP8_CAPABILITY = (10, 0)
 """Compute capability for which torch has a grouped product of MXFP8."""
 _ALIGNMENT_BYTES = 16
@@ -201,4 +203,5 @@ def choose_experts_kernel(
     if rows_per_expert < _MANY_ROWS:
         return "grouped" if can_group else "fused"
     # MKL is tuned for Intel processors; on others oneDNN is faster in float32.
-    return "fused_onednn" if cpu_vendor != "GenuineIntel" and fused_ffn.has_onednn_product() else "fused"
+    by_onednn = cpu_vendor != "GenuineIntel" and fused_ffn.has_onednn_product() and d_model * d_ff >= _FEW_WEIGHTS
+    return "fused_onednn" if by_onednn else "fused"

@@ -171,3 +171,8 @@ def test_the_automatic_choice_avoids_kernels_that_a_shape_does_not_allow() -> No
     assert _auto("cuda", torch.bfloat16, d_ff=511) == "loop", "rows of 16 bytes"
     assert _auto("cuda", torch.float64) == "loop"
     assert _auto("cpu", torch.float32, rows=1, d_ff=511) == "fused"
+
+
+def test_small_weights_are_multiplied_by_mkl_on_every_processor() -> None:
+    assert _auto("cpu", torch.float32, cpu_vendor="AuthenticAMD", d_ff=31) == "fused"
+    assert _auto("cpu", torch.float32, cpu_vendor="AuthenticAMD", d_ff=32) in ("fused_onednn", "fused")
