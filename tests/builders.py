@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
+from trainer.engine.config import EMAConfig
 from trainer.engine.native import NativeEngine
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.engine.step import NumericsConfig, StepEngine
@@ -155,6 +156,7 @@ def make_engine_of(
     folder: Path | None = None,
     freeze: Sequence[str] = (),
     lr_scale: Mapping[str, float] | None = None,
+    ema: EMAConfig | None = None,
     **optim: Any,
 ) -> StepEngine:
     """Return the engine of one process or of a rank of a mesh; in bfloat16 the parameters are float32."""
@@ -165,7 +167,7 @@ def make_engine_of(
         )
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
     freeze_parameters(model, frozen_names(model, freeze))
-    numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip, lr_scale=lr_scale or {})
+    numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip, lr_scale=lr_scale or {}, ema=ema)
     engine = section.build(model, AdamWConfig(**optim), numerics, mesh, folder=folder)
     assert isinstance(engine, StepEngine)
     return engine

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from tests.registries import DISPATCHERS, ROUTERS
 from tests.repeated_texts import repeated_texts
+from trainer.engine.config import EMAConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.freeze import freeze_parameters, frozen_names, rate_factors
@@ -55,7 +56,7 @@ class Trial:
         router = moe.router.model_dump(exclude_defaults=True, exclude={"kind"})
         room = "" if moe.capacity.factor is None else f", room {moe.capacity.factor} by {moe.capacity.policy}"
         train = self.config.train
-        learning = "".join(f" {key} {value}" for key in ("freeze", "lr_scale") if (value := getattr(train, key)))
+        learning = "".join(f" {key} {value}" for key in ("freeze", "lr_scale", "ema") if (value := getattr(train, key)))
         return f"{moe.router.kind} {router}{learning} of {moe.num_experts}{room}; {self.text}; {self.case.name}"
 
 
@@ -92,6 +93,7 @@ def draw(number: int, folder: Path) -> Trial:
         try:
             config = ExperimentConfig.model_validate(values)
             config = _with_rates(random.Random(f"rates {number}"), config)
+            config = _with_average(random.Random(f"average {number}"), config)
             case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
             apply_case(config, case)
         except (ConfigError, ValidationError):  # as where the router of an adapted model has no weights
@@ -135,6 +137,15 @@ def _with_rates(drawn: random.Random, config: ExperimentConfig) -> ExperimentCon
         return config
     train = config.train.model_copy(update={"freeze": freeze, "lr_scale": lr_scale})
     return config.model_copy(update={"train": train})
+
+
+def _with_average(drawn: random.Random, config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config with a moving average of the weights, or without one."""
+    if drawn.random() < 0.6:
+        return config
+    fields = {"start_step": drawn.choice([0, 2]), "every": drawn.choice([1, 3]), "warmup": drawn.random() < 0.5}
+    ema = EMAConfig(decay=drawn.choice([0.3, 0.9, 0.999]), **fields)
+    return config.model_copy(update={"train": config.train.model_copy(update={"ema": ema})})
 
 
 def _model(drawn: random.Random, kind: str) -> dict[str, Any]:

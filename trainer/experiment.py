@@ -83,6 +83,8 @@ class ExperimentConfig(Config):
             for source in self.data.sources
             for domain in (source.domains if isinstance(source, InstalledSourceConfig) else [source.domain])
         ]
+        if self.train.ema is not None and "ema" in [*domains, *(task.name for task in self.eval.tasks)]:
+            yield Problem("train.ema", "a domain or task is named ema, whose results eval/ema/... are; rename it")
         for domain in repeated(domains):
             yield Problem("data.sources", f"two sources have domain {domain}; give each its own `domain`")
         yield from self._vocabulary_problems()

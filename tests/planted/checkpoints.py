@@ -6,8 +6,8 @@ FAULTS = [
     in_package(
         "any moments may be missing",
         "checkpoint/compatible.py",
-        "and name not in lacks and weight_of(name) in frozen}",
-        "and name not in lacks}",
+        "if name not in lacks and weight_of(name) in frozen}",
+        "if name not in lacks}",
         "checkpoint/test_compatible.py::test_moments_may_be_missing_only_where_the_weight_is_frozen",
     ),
     in_package(

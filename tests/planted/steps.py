@@ -2,7 +2,42 @@
 
 from tests.planted.fault import in_package
 
+AVERAGE_LAW = "tests/laws/test_weight_average.py"
 FAULTS = [
+    in_package(
+        "an evaluation of the average leaves it in the weights that are gathered",
+        "parallel/accumulate.py",
+        "            module.reshard()",
+        "            pass",
+        f"{AVERAGE_LAW}::test_on_two_ranks_it_is_torchs_is_evaluated_and_resumes_in_another_layout",
+    ),
+    in_package(
+        "a skipped step moves the average of the weights",
+        "engine/step.py",
+        """        if skipped:
+            self._drop_gradients()
+""",
+        """        if skipped:
+            if self.average is not None:
+                self.average.update(self.optimizer_steps)
+            self._drop_gradients()
+""",
+        f"{AVERAGE_LAW}::test_the_average_is_torchs_in_one_process",
+    ),
+    in_package(
+        "a resumed average forgets how often it was updated",
+        "engine/base.py",
+        "int(state.values.get(UPDATES, 0))",
+        "0",
+        f"{AVERAGE_LAW}::test_on_two_ranks_it_is_torchs_is_evaluated_and_resumes_in_another_layout",
+    ),
+    in_package(
+        "some averages may be missing in a checkpoint",
+        "checkpoint/compatible.py",
+        "    if not all(averages):",
+        "    if True:",
+        f"{AVERAGE_LAW}::test_a_checkpoint_that_lacks_some_averages_is_refused",
+    ),
     in_package(
         "DeepSpeed copies the frozen experts of rank 0 to all ranks",
         "engine/deepspeed/start.py",

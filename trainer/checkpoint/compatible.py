@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.coverage import is_moment, weight_of
+from trainer.checkpoint.coverage import is_average, is_moment, weight_of
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.manifest import StoredTensor, run_record_problems
 from trainer.checkpoint.state import TrainState
@@ -21,8 +21,11 @@ def check_fits(found: CheckpointHandle, mine: TrainState) -> None:
     """
     saved = found.manifest.tensors
     optional = set() if found.manifest.has_moments else {name for name in mine.slices if is_moment(name)}
-    optional |= _moments_of_one({name for name, stored in saved.items() if stored.is_frozen}, mine.slices, saved)
-    optional |= _moments_of_one({name for name, part in mine.slices.items() if part.is_frozen}, saved, mine.slices)
+    optional |= _state_of_one({name for name, stored in saved.items() if stored.is_frozen}, mine.slices, saved)
+    optional |= _state_of_one({name for name, part in mine.slices.items() if part.is_frozen}, saved, mine.slices)
+    averages = [set(filter(is_average, names)) for names in (saved, mine.slices)]
+    if not all(averages):  # train.ema was turned on or off since; a part of them is never missing
+        optional |= set.union(*averages)
     names = sorted((saved.keys() | mine.slices.keys()) - optional)
     differences = [text for name in names if (text := _difference(name, saved.get(name), mine)) is not None]
     _refuse(found.path, differences)
@@ -69,9 +72,10 @@ def abridged(fingerprint: object) -> str:
     return "".join(c if c.isalnum() else "?" for c in str(fingerprint)[:12])
 
 
-def _moments_of_one(frozen: Set[str], has: Iterable[str], lacks: Container[str]) -> set[str]:
-    """Return the moments that only one side has, of weights that are frozen on the other."""
-    return {name for name in has if is_moment(name) and name not in lacks and weight_of(name) in frozen}
+def _state_of_one(frozen: Set[str], has: Iterable[str], lacks: Container[str]) -> set[str]:
+    """Return the moments and averages that only one side has, of weights that are frozen on the other."""
+    of_learning = (name for name in has if is_moment(name) or is_average(name))
+    return {name for name in of_learning if name not in lacks and weight_of(name) in frozen}
 
 
 def _difference(name: str, saved: StoredTensor | None, mine: TrainState) -> str | None:

@@ -16,7 +16,7 @@ _ORDER_KEYS = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)
 _SHARE_KEYS = re.compile(r"data\.(mixture\..*|sources\.\d+\.weight)")
 """Those of them that only change which domain comes next."""
 _TEXT_KEYS = re.compile(r"data\.(split\..*|sources\.(?!\d+\.weight$).*)")
-_BATCH_KEY, _FREEZE_KEY = "train.global_batch_size", "train.freeze"
+_BATCH_KEY, _FREEZE_KEY, _EMA_KEY = "train.global_batch_size", "train.freeze", "train.ema"
 
 
 def check_belongs(
@@ -67,6 +67,8 @@ def _meaning(key: str, new: object) -> str:
         return f"; the rows keep their order, {inline(new)} a step"
     if key == _FREEZE_KEY:
         return "; weights that learn from here on start without moments, and those that no longer do lose theirs"
+    if key == _EMA_KEY:
+        return "; the average is dropped" if new is None else "; the average begins at the weights of the checkpoint"
     return ""
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 WEIGHT, MOMENTS = "model.", ("optim.exp_avg.", "optim.exp_avg_sq.")
 """Prefixes of a parameter and its AdamW moments in a state."""
+AVERAGE = "ema."
+"""Prefix of a parameter's moving average in a state."""
 
 
 def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
@@ -29,22 +31,28 @@ def is_moment(name: str) -> bool:
     return name.startswith(MOMENTS)
 
 
-def weight_of(moment: str) -> str:
-    """Return the weight that a moment belongs to, both by their names in a state."""
-    prefix = next(prefix for prefix in MOMENTS if moment.startswith(prefix))
-    return WEIGHT + moment.removeprefix(prefix)
+def is_average(name: str) -> bool:
+    """Return whether a tensor of a state is the moving average of a weight."""
+    return name.startswith(AVERAGE)
+
+
+def weight_of(name: str) -> str:
+    """Return the weight that a moment or an average belongs to, both by their names in a state."""
+    prefix = next(prefix for prefix in (*MOMENTS, AVERAGE) if name.startswith(prefix))
+    return WEIGHT + name.removeprefix(prefix)
 
 
 def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
     """Yield a line for each learning expert weight whose two moments are missing or differ from it in shape.
 
-    `of_experts` names the tensors whose dimension 0 counts experts.
+    `of_experts` names the tensors whose dimension 0 counts experts. If there are averages, each has one too.
     """
+    prefixes = (*MOMENTS, AVERAGE) if any(map(is_average, shapes)) else MOMENTS
     for name in of_experts:
         if not name.startswith(WEIGHT):
             continue
         parameter = name.removeprefix(WEIGHT)
-        for moment in MOMENTS:
+        for moment in prefixes:
             found = shapes.get(moment + parameter)
             if found is None or list(found) != list(shapes[name]):
                 instead = "" if found is None else f": it is {list(found)}"

@@ -160,6 +160,8 @@ def run_record_problems(manifest: Manifest) -> Iterator[str]:
             yield f"run.{key} is {shown(run.get(key))}; it is text"
     if not _is_spike_window(run.get("spikes", {})):
         yield f"run.spikes is {shown(run['spikes'])}; it has a list of losses and two counts"
+    if not _is_count(updates := manifest.values.get("ema.updates", 0)):
+        yield f"values.ema.updates is {shown(updates)}; it is a number of at least 0"
     done = manifest.values.get("optimizer_steps")
     taken_over = manifest.run.get("optimizer_steps_taken_over", 0)  # by `init_from`, with moments
     if type(taken_over) is not int or not _is_count(taken_over):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer import fault_injection
-from trainer.checkpoint.coverage import is_moment
+from trainer.checkpoint.coverage import is_average, is_moment, weight_of
 from trainer.checkpoint.manifest import DTYPES, DType, Manifest, StoredFile, StoredSlice
 from trainer.checkpoint.safetensors_file import open_tensors
 from trainer.checkpoint.state import Slice, TrainState
@@ -108,6 +108,10 @@ class StoredTensors:
     def __exit__(self, *_: object) -> None:
         self._open.clear()
 
+    def has(self, name: str) -> bool:
+        """Return whether the checkpoint has a tensor."""
+        return name in self._manifest.tensors
+
     def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
         """Return indices start .. start + length - 1 of dimension 0 of a tensor; all of them by default.
 
@@ -151,7 +155,7 @@ class StoredTensors:
 class _Slices(Mapping[str, Slice]):
     """Slices read when they are looked up, so that a state is never in memory twice.
 
-    Moments that the checkpoint does not have are zero.
+    Moments that the checkpoint does not have are zero, and averages begin at the weights.
     """
 
     def __init__(
@@ -164,7 +168,8 @@ class _Slices(Mapping[str, Slice]):
         if not self._has_moments and is_moment(name):
             shape = (like.length, *like.global_shape[1:]) if like.global_shape else ()
             return replace(like, tensor=torch.zeros(shape, dtype=like.tensor.dtype))
-        tensor = self._tensors.read(name, like.start, like.length)
+        stored = weight_of(name) if is_average(name) and not self._tensors.has(name) else name
+        tensor = self._tensors.read(stored, like.start, like.length)
         return replace(like, tensor=tensor, is_frozen=name in self._frozen)
 
     def __iter__(self) -> Iterator[str]:

@@ -54,6 +54,8 @@ def evaluation(record: Record, progress: TrainingProgress) -> Text:
     if at_capacity is not None:
         line.append(" (capacity ").append(formatting.number(at_capacity), style="default")
         line.append(", not causal)" if record.get("eval/capacity_looks_ahead") else ")")
+    if (average := record.get("eval/ema/loss")) is not None:
+        line.append("  ema ").append(formatting.number(average), style="default")
     if record.get("eval/looks_ahead"):
         line.append("  not causal", style=ALERT)
     return line

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.coverage import WEIGHT
+from trainer.checkpoint.coverage import AVERAGE, WEIGHT
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batches.batch import Batch
+from trainer.engine.weight_average import WeightAverage
 from trainer.models.gpt import GPT
 from trainer.models.initialize import expert_parameters
 from trainer.moe.stats import MoEStats
@@ -25,6 +26,10 @@ COUNTS = "engine.previous_counts"
 """Name in a state of the assignments to each expert in the last step, by MoE layer."""
 SINCE = "moments_since."
 """Prefix of a parameter, among the values of a state: optimizer steps before the first one of its moments."""
+
+
+UPDATES = "ema.updates"
+"""Name among the values of a state of how often the moving average was updated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +135,8 @@ class Engine(ABC):
         self.optimizer_steps = 0
         self.moments_since: dict[str, int] = {}
         """Optimizer steps before the first one of a parameter's moments, where there were some: it was frozen then."""
+        self.average: WeightAverage | None = None
+        """Moving average of the weights; None: none."""
         self.repeated_steps = 0
         """Steps, in this process, that were taken again since their rows exceeded `row_budget`."""
         moe = self.moe_config
@@ -179,13 +186,15 @@ class Engine(ABC):
         self.optimizer_steps = int(state.values["optimizer_steps"])
         since = {name: int(state.values.get(f"{SINCE}{name}", 0)) for name in self.learning}
         fresh = set()
-        for name, tensor in self._tensors().items():
+        for name, tensor in {**self._tensors(), **self._averages()}.items():
             part = state.slices[name]
             copy_from_rows(tensor, part.tensor)
             if part.is_frozen and (parameter := name.removeprefix(WEIGHT)) in self.learning:
                 fresh.add(parameter)
                 since[parameter] = self.optimizer_steps
         self.moments_since = {name: steps for name, steps in since.items() if steps}
+        if self.average is not None:
+            self.average.num_updates = int(state.values.get(UPDATES, 0))
         self._load_moments(state, fresh)
 
     def held(self) -> TrainState:
@@ -213,7 +222,10 @@ class Engine(ABC):
     def _with_moments(self, moments: Mapping[str, Slice]) -> TrainState:
         since = {f"{SINCE}{name}": steps for name, steps in self.moments_since.items()}
         values = {"optimizer_steps": self.optimizer_steps, **since}
-        return TrainState(slices={**self.state_without_moments().slices, **moments}, values=values)
+        if self.average is not None:
+            values[UPDATES] = self.average.num_updates
+        averages = {name: self._slice(name, tensor) for name, tensor in self._averages().items()}
+        return TrainState(slices={**self.state_without_moments().slices, **averages, **moments}, values=values)
 
     def state_without_moments(self) -> TrainState:
         """Return weights, buffers and counters only, by name: all that a run at step 0 needs. Collective."""
@@ -226,13 +238,18 @@ class Engine(ABC):
         tensors[COUNTS] = self.previous_counts
         return tensors
 
+    def _averages(self) -> dict[str, Tensor]:
+        """Return the moving averages, each laid out as its weight is."""
+        return {} if self.average is None else {f"{AVERAGE}{n}": t for n, t in self.average.tensors.items()}
+
     def _slice(self, name: str, tensor: Tensor, *, purpose: Literal["state", "held", "wanted"] = "state") -> Slice:
         """Return this rank's slice of a global tensor: its own experts, and its shard of a sharded tensor.
 
         If the tensor is sharded along another dimension than 0, a slice of the state is collective; the others are not:
         what is wanted are all rows, without values, and what is held has another start on each rank.
         """
-        parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
+        has_one = name.startswith((WEIGHT, AVERAGE))
+        parameter = name.partition(".")[2] if has_one else name.split(".", 2)[-1]  # optim.exp_avg.NAME
         first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
         if first is not None and self.moe_config is not None:
             shape = (self.moe_config.num_experts, *shape[1:])

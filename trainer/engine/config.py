@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem
-from trainer.config.numbers import Count, Factor, Rows, Steps
+from trainer.config.numbers import Count, Factor, Rows, Steps, Whole
 from trainer.models.parameter_patterns import PatternText, unknown_role
 
 RateFactor = Annotated[float, Field(ge=0, le=1e6)]
@@ -42,6 +42,19 @@ class RoutingReplayConfig(Config):
     tokenizer and held-out text only."""
 
 
+class EMAConfig(Config):
+    """Exponential moving average of the weights: average = decay * average + (1 - decay) * weights."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Share of the average that an update keeps: it looks back about every / (1 - decay) steps."""
+    start_step: Whole = 0
+    """Optimizer steps before the average begins, counted without skipped steps; until then it equals the weights."""
+    every: Count = 1
+    """Optimizer steps between updates."""
+    warmup: bool = False
+    """Keep min(decay, (1 + n) / (10 + n)) in update n = 0, 1, ..., so that the first weights are soon forgotten."""
+
+
 class TrainConfig(Config):
     """Length and precision of training."""
 
@@ -65,9 +78,14 @@ class TrainConfig(Config):
     several match has the product."""
     routing_replay: RoutingReplayConfig | None = None
     """Recorded experts to use instead of the routers' choices. Null: the routers choose."""
+    ema: EMAConfig | None = None
+    """Moving average of the weights, evaluated beside them and saved with them. Null: none."""
 
     def problems(self) -> Iterator[Problem]:
-        """Check the roles, and that exceptions have something to be excepted from."""
+        """Check the roles, that exceptions have something to be excepted from, and that an average is ever updated."""
+        if self.ema is not None and (first := self.ema.start_step + self.ema.every) > self.steps:
+            given = f"the first update is after step {first}, and train.steps is {self.steps}"
+            yield Problem("ema", f"{given}; lower start_step or every, or use null")
         for index, entry in enumerate(self.freeze):
             if (wrong := unknown_role(entry)) is not None:
                 yield Problem(f"freeze.{index}", wrong)

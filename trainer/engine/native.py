@@ -121,7 +121,7 @@ class NativeEngine(StepEngine):
         return self._slices("held")
 
     def _slices(self, purpose: Literal["held", "wanted"]) -> TrainState:
-        tensors = {**self._tensors(), **self._moment_tensors()}
+        tensors = {**self._tensors(), **self._averages(), **self._moment_tensors()}
         return TrainState(slices={name: self._slice(name, tensor, purpose=purpose) for name, tensor in tensors.items()})
 
     def _moments(self) -> dict[str, Slice]:

@@ -19,9 +19,11 @@ from trainer.checkpoint.state import TrainState
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
+from trainer.engine.config import EMAConfig
 from trainer.engine.global_stats import GlobalStats
 from trainer.engine.nonfinite import Findings, describe_findings
 from trainer.engine.reduce import StepTotals, all_reduce_packed, read_numbers
+from trainer.engine.weight_average import WeightAverage
 from trainer.models.freeze import is_frozen, rate_factors
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
@@ -42,6 +44,8 @@ class NumericsConfig:
     grad_clip: float | None
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     """Factors of the learning rate, by role or pattern of names."""
+    ema: EMAConfig | None = None
+    """Moving average of the weights; None: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +71,8 @@ class StepEngine(Engine):
     def __init__(self, model: GPT, numerics: NumericsConfig, mesh: Mesh) -> None:
         super().__init__(model)
         self.numerics, self.mesh = numerics, mesh
+        if numerics.ema is not None:
+            self.average = WeightAverage(numerics.ema, model)
         self.rate_factors = rate_factors(model, numerics.lr_scale)
         self.losses = None if self.moe_config is None else self.moe_config.aux_losses
         self.global_stats = GlobalStats(self.losses, mesh.world)
@@ -197,6 +203,8 @@ class StepEngine(Engine):
             self._update(lr, grad_norm)
             self.mesh.world.recorder.enter("router update")
             self.optimizer_steps += 1
+            if self.average is not None:
+                self.average.update(self.optimizer_steps)
             if routing is not None:
                 self.previous_counts = step.choices
                 # Choices have a column for null experts; under `gshard_first_choice` they are first choices only.

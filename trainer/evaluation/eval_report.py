@@ -17,10 +17,14 @@ class EvalReport:
     held_out: EvalResult | None
     """None: only tasks were evaluated."""
     tasks: Sequence[TaskResult]
+    average: EvalResult | None = None
+    """Held-out text under the moving average of the weights (`train.ema`); None: there is none."""
 
     def record(self) -> dict[str, float]:
         """Return the evaluation keys of metrics.jsonl."""
         record = {} if self.held_out is None else self.held_out.record()
+        if self.average is not None:
+            record |= {f"eval/ema/{key.removeprefix('eval/')}": value for key, value in self.average.record().items()}
         for result in self.tasks:
             record |= result.record()
         return record

@@ -31,6 +31,13 @@ def step_of(model: GPT) -> Iterator[None]:
     _free_after_forward(model, True)  # an evaluation must not leave weights that grow stale
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Free gathered weights, which would be stale once the shards are overwritten: the model's own group stays."""
+    for module in model.modules():
+        if _is_group(module):
+            module.reshard()
+
+
 def before_forward(model: GPT) -> None:
     """Choose whether the next forward pass that saves activations frees the weights, or its backward pass does."""
     _free_after_forward(model, model.shard_keeps != "weights")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.state import TrainState
+from trainer.checkpoint.coverage import AVERAGE, WEIGHT
+from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
@@ -149,15 +150,18 @@ def _train(config: ExperimentConfig, engine: StepEngine, steps_rows: Sequence[Se
 
 
 def _weights(engine: StepEngine, mesh: Mesh) -> dict[str, Tensor]:
-    slices = {
-        name.removeprefix("model."): part for name, part in engine.state().slices.items() if name.startswith("model.")
-    }
-    return _whole(TrainState(slices=slices), mesh)
+    return _whole(TrainState(slices=_learned(engine)), mesh)
+
+
+def _learned(engine: StepEngine) -> dict[str, Slice]:
+    """Return weights and buffers by their names in the model, and averages (`train.ema`) by those in a state."""
+    slices = engine.state().slices.items()
+    return {name.removeprefix(WEIGHT): part for name, part in slices if name.startswith((WEIGHT, AVERAGE))}
 
 
 def _disagreements(engine: StepEngine, mesh: Mesh) -> list[str]:
     """Return the names of weights and buffers whose replicas are not bitwise equal."""
-    slices = {n.removeprefix("model."): p for n, p in engine.state().slices.items() if n.startswith("model.")}
+    slices = _learned(engine)
     local = {name: [str((part.start, part.tensor.shape)), _digest(part.tensor)] for name, part in slices.items()}
     gathered = mesh.world.all_gather_objects(local)
     differing = []

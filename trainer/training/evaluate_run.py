@@ -47,11 +47,17 @@ def evaluate_run(
 ) -> EvalReport:
     """Evaluate held-out text, with the options of the `eval` section, and tasks. Collective.
 
+    Held-out text is evaluated a second time with the moving average of the weights, if there is one.
     `record` gets the experts of this rank's rows of held-out text.
     """
-    held_out = _held_out(config, engine, corpus, mesh.layout, record=record) if with_held_out else None
+    held_out = average = None
+    if with_held_out:
+        held_out = _held_out(config, engine, corpus, mesh.layout, record=record)
+        if engine.average is not None:
+            with engine.average.in_use():
+                average = _held_out(config, engine, corpus, mesh.layout)
     context = _context(config, engine, mesh)
-    return EvalReport(held_out=held_out, tasks=[task.evaluate(context) for task in tasks])
+    return EvalReport(held_out=held_out, tasks=[task.evaluate(context) for task in tasks], average=average)
 
 
 def evaluate_checkpoint(

@@ -6,6 +6,7 @@ So every layout and engine, and a restart after a kill, read them on the path of
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from trainer.checkpoint.coverage import is_average
 from trainer.checkpoint.find_checkpoint import CheckpointHandle, find_newest
 from trainer.checkpoint.plan import Placement, local_placements
 from trainer.checkpoint.streamed import GlobalTensor
@@ -44,7 +45,8 @@ def save_first_weights(run: RunState, weights: FirstWeights | None) -> Checkpoin
     tensors: dict[str, GlobalTensor] = {}
     for held in world.all_gather_objects(local_placements(run.engine.wanted())):
         for name, values in held.items():
-            tensors[name] = GlobalTensor.like(Placement(*values))
+            if not is_average(name):  # these begin at the weights
+                tensors[name] = GlobalTensor.like(Placement(*values))
     with raise_together(world):
         if run.mesh.layout.rank == 0:
             if weights is None:

@@ -50,6 +50,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     local_experts = 0 if model.moe is None else model.moe.num_experts // layout.ep_size
     is_native, is_sharded = isinstance(config.engine, NativeEngineConfig), config.parallel.data == "shard"
     copies = _WITH_GRADIENT_AND_MOMENTS if is_native else 1  # DeepSpeed shards the moments, but no weights
+    copies += train.ema is not None  # of the weights that learn
     frozen = _frozen(config, vocab_size)
     dense, experts = (
         copies * whole - (copies - 1) * still

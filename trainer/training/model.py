@@ -165,7 +165,11 @@ def numerics(config: ExperimentConfig) -> NumericsConfig:
     """Return the settings of `train` and `seed` that an engine needs."""
     train = config.train
     return NumericsConfig(
-        seed=config.seed, dtype=_DTYPES[train.dtype], grad_clip=train.grad_clip, lr_scale=train.lr_scale
+        seed=config.seed,
+        dtype=_DTYPES[train.dtype],
+        grad_clip=train.grad_clip,
+        lr_scale=train.lr_scale,
+        ema=train.ema,
     )
 
 

@@ -43,6 +43,9 @@ def header(run: RunState) -> list[Line]:
     if config.train.lr_scale:
         factors = ", ".join(f"{entry} {factor:g}" for entry, factor in config.train.lr_scale.items())
         lines.append(("rates", f"learning rate times {factors}"))
+    if (ema := config.train.ema) is not None:
+        copied = f"decay {ema.decay:g}: a copy of {size.learning_parameters / 1e6:.3g}M weights"
+        lines.append(("average", f"of the weights (train.ema), {copied}"))
     if layout.world_size > 1:
         lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}"))
     if isinstance(config.engine, DeepSpeedEngineConfig):

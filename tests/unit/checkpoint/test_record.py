@@ -68,3 +68,9 @@ def test_an_invalid_record_is_refused_in_one_line(tmp_path: Path, values: dict[s
     with pytest.raises(CheckpointError, match=r"is invalid: (run|values)\.") as caught:
         check_record(_found(tmp_path, values, **run))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("updates", [-1, "two", 1.5])
+def test_a_number_of_updates_of_an_average_that_is_none_is_refused(tmp_path: Path, updates: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"values\.ema\.updates is"):
+        check_record(_found(tmp_path, {"ema.updates": updates}))

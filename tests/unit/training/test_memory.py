@@ -55,6 +55,11 @@ CASES = {
         Layout(),
         16 * (DENSE - 256 * 8) + 4 * (256 * 8 + 6 * EXPERT) + 2 * 4 * ROWS + 50 * 8 * 32,
     ),
+    "with an average of what learns": (
+        _config(train={"global_batch_size": 8, "freeze": ["embedding", "head", "router"], "ema": {}}),
+        Layout(),
+        20 * (DENSE - 256 * 8 + 6 * EXPERT) + 4 * 256 * 8 + 2 * 4 * ROWS + 50 * 8 * 32,
+    ),
     "sharded inside groups of four": (
         _config(parallel={"micro_batch_size": 4, "data": "shard", "ep_size": 2, "shard_size": 4}),
         Layout(world_size=8, ep_size=2, shard_size=4),
