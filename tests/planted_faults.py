@@ -47,6 +47,7 @@ from tests.planted import (
     runs,
     stages,
     steps,
+    sweeps,
 )
 from tests.planted.fault import Fault
 
@@ -71,6 +72,7 @@ _TOPICS = (
     runs,
     conversions,
     stages,
+    sweeps,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 

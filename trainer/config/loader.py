@@ -27,13 +27,30 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) 
         OldNameWarning: for each former name of a key or a value.
     """
     findings: list[Finding] = []
+    return validate(read_tree(path, overrides, root, findings), root, findings)
+
+
+def read_tree(
+    path: str | os.PathLike[str], overrides: Sequence[str], root: type[Config], findings: list[Finding]
+) -> Node:
+    """Read a YAML file, its base files and overrides: values with their places, which are not yet checked.
+
+    Args:
+        path: the file.
+        overrides: as typed.
+        root: the schema.
+        findings: collects problems that do not stop the reading.
+
+    Raises:
+        ConfigError: if it cannot be read to its end.
+    """
     slot = Slot(root)
     try:
         tree = ConfigFiles(slot, findings).read(os.fspath(path))
     except Unreadable as error:
         raise report([*findings, error.finding]) from None
     tree = with_present_names(apply(tree, overrides, slot, findings), slot, findings)
-    return validate(with_default_kinds(tree, slot), root, findings)
+    return with_default_kinds(tree, slot)
 
 
 def validate(tree: Node, root: type[C], findings: Sequence[Finding]) -> C:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from trainer.console.scatter import Point, Scatter
 from trainer.console.svg import MARGIN, ROW, circle, document, line, rect, text, text_width
 from trainer.lab.logits import LogitsKind
 from trainer.lab.router_choices import FACTORS, Choice
@@ -10,9 +11,6 @@ from trainer.lab.training_outcomes import TrainingOutcome
 
 _MIN_NAME, _PANEL, _GAP = 130, 210, 24
 _VALUE = 88  # width of the number beside a bar, in pixels
-_PLOT_WIDTH, _PLOT_HEIGHT = 560, 380
-_TICKS = 5
-_LINE_HEIGHT = 14
 
 
 def choices_svg(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, top_k: int, title: str) -> str:
@@ -54,41 +52,25 @@ def outcomes_svg(outcomes: Sequence[TrainingOutcome], *, title: str) -> str:
 
     Routers without a load imbalance are left out.
     """
-    points = [(outcome, outcome.load_imbalance) for outcome in outcomes if outcome.load_imbalance is not None]
-    low_x, high_x = _axis([load for _, load in points])
-    low_y, high_y = _axis([outcome.held_out_loss for outcome, _ in points])
-    left, top, width = MARGIN + 50, 96, _PLOT_WIDTH
-    height = max(_PLOT_HEIGHT, len(points) * _LINE_HEIGHT)
-    right, bottom = left + width, top + height
+    points = [
+        Point(
+            x=one.load_imbalance,
+            y=one.held_out_loss,
+            name=one.router,
+            style="no" if one.looks_ahead == "no" else "ahead",
+            tooltip=f"{one.router}: held-out loss {one.held_out_loss:.4f}, imbalance {one.load_imbalance:.2f}",
+        )
+        for one in outcomes
+        if one.load_imbalance is not None
+    ]
+    x_title = "load of the busiest expert over the mean: 1 is even"
+    plot = Scatter(points=points, left=MARGIN + 50, top=96, x_title=x_title)
     body = [
         text(MARGIN, 48, "held-out loss, nats per token: lower is better", "quiet"),
         circle(MARGIN + 6, 66, "no"),
         text(MARGIN + 18, 70, "causal", "quiet"),
         circle(MARGIN + 186, 66, "ahead"),
         text(MARGIN + 198, 70, "looks ahead in training", "quiet"),
-        text(right, bottom + 42, "load of the busiest expert over the mean: 1 is even", "quiet end"),
+        *plot.draw(lambda load: f"{load:.2f}", lambda loss: f"{loss:.3f}"),
     ]
-    for tick in range(_TICKS + 1):
-        x, y = left + width * tick / _TICKS, top + height * tick / _TICKS
-        body += [line(x, top, x, bottom, "grid"), line(left, y, right, y, "grid")]
-        body.append(text(x, bottom + 18, f"{low_x + (high_x - low_x) * tick / _TICKS:.2f}", "quiet middle"))
-        body.append(text(left - 8, y + 4, f"{high_y + (low_y - high_y) * tick / _TICKS:.3f}", "quiet end"))
-    circles, label_y = [], top - _LINE_HEIGHT / 2
-    by_loss = sorted(points, key=lambda point: -point[0].held_out_loss)
-    for number, (outcome, load) in enumerate(by_loss):
-        x = left + width * (load - low_x) / (high_x - low_x)
-        y = top + height * (high_y - outcome.held_out_loss) / (high_y - low_y)
-        tooltip = f"{outcome.router}: held-out loss {outcome.held_out_loss:.4f}, imbalance {load:.2f}"
-        circles.append(circle(x, y, "no" if outcome.looks_ahead == "no" else "ahead", tooltip=tooltip))
-        # As near to the height of its point as the names above and those still to come below it allow.
-        lowest = bottom - (len(points) - 1 - number) * _LINE_HEIGHT
-        label_y = min(max(y, label_y + _LINE_HEIGHT), lowest)
-        body += [line(x, y, right + 10, label_y, "axis"), text(right + 14, label_y + 4, outcome.router)]
-    names = max((text_width(outcome.router) for outcome, _ in points), default=0)
-    return document([*body, *circles], title=title, width=right + 14 + names + MARGIN, height=bottom + 60)
-
-
-def _axis(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    margin = 0.08 * (high - low) or 0.05
-    return low - margin, high + margin
+    return document(body, title=title, width=plot.right + MARGIN, height=plot.bottom + 60)

@@ -1,26 +1,19 @@
-"""Print the router benchmarks as tables and write them as JSON."""
+"""Print the router benchmarks as tables, and return them as JSON values."""
 
-import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from trainer.atomic_io import replace_file
 from trainer.console import formatting
+from trainer.console.result_tables import result_screen, result_table
 from trainer.console.style import QUIET
-from trainer.errors import ResourceError
 from trainer.evaluation.routing_optimum import Optimality
 from trainer.lab.logits import LogitsKind
 from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
 
-_WIDTH = 200  # table width in a pipe or file: nothing is truncated there
 _REFERENCE = "top_k"
 _CHOICES_LEGEND = """\
 k        experts per token in the optimal programme
@@ -114,36 +107,6 @@ def _measured_record(measured: Optimality) -> dict[str, float]:
 def outcomes_record(outcomes: Sequence[TrainingOutcome]) -> list[dict[str, Any]]:
     """Return the outcomes as JSON values."""
     return [{key: getattr(one, key) for key in _OUTCOME_KEYS} for one in outcomes]
-
-
-def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
-    """Write a picture, or a result as JSON.
-
-    Raises:
-        ResourceError: if the disk refuses.
-    """
-    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-    try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_text(text)  # write to /dev/stdout and the like, do not replace them
-        else:
-            replace_file(path, text)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error.strerror}; name another file") from None
-
-
-def result_screen() -> Console:
-    """Return the screen, or the pipe, that results are printed on."""
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
-
-
-def result_table(title: str, first: str, *columns: str) -> Table:
-    """Return an empty table of results, whose first column names them."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def _print_footnotes(screen: Console, legend: str, notes: Sequence[str]) -> None:

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.console.result_tables import write_result
 from trainer.errors import ConfigError, NumericsError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.bench_charts import choices_svg, outcomes_svg
-from trainer.lab.bench_report import choices_record, outcomes_record, show_choices, show_outcomes, write_result
+from trainer.lab.bench_report import choices_record, outcomes_record, show_choices, show_outcomes
 from trainer.lab.logits import Logits, synthetic_logits
 from trainer.lab.router_choices import BIAS_UPDATE_RATE, UPDATES, compare_choices, kinds_without_logits
 from trainer.lab.router_configs import MIXTURE_OF_DEPTHS

@@ -82,8 +82,9 @@ def plan_trainings(
     for seed in range(base.seed, base.seed + seeds):
         for kind in kinds:
             every = [*changes, *changes_of[kind], f"name={kind}-seed{seed}", f"seed={seed}"]
-            training = Training(router=kind, config=load(path, every, ExperimentConfig))
-            _check_unchanged(training)
+            config = load(path, every, ExperimentConfig)
+            training = Training(router=kind, config=config)
+            check_trained_alike(training.folder, config, advice="use another --out")
             trainings.append(training)
     return trainings
 
@@ -114,18 +115,21 @@ def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
         yield f"model.moe.d_ff={moe.num_experts * moe.d_ff}"
 
 
-def _check_unchanged(training: Training) -> None:
-    """Reject a run folder that was trained with another config, so that only like is compared with like."""
-    folder = training.folder
+def check_trained_alike(folder: RunFolder, config: ExperimentConfig, *, advice: str) -> None:
+    """Reject a run folder that was trained with another config, so that only like is compared with like.
+
+    Raises:
+        ConfigError: with the first key that differs, and what to do.
+    """
     if not folder.config.is_file():
         return
     trained = load(folder.config, [], ExperimentConfig).model_dump(exclude=_NOT_LEARNED)
-    changes = changed_values(trained, training.config.model_dump(exclude=_NOT_LEARNED))
+    changes = changed_values(trained, config.model_dump(exclude=_NOT_LEARNED))
     if changes:
         change = changes[0]
         raise ConfigError(
             f"{folder.path}: was trained with {change.key} {short(change.old)}, and the config has "
-            f"{short(change.new)}; use another --out"
+            f"{short(change.new)}; {advice}"
         )
 
 

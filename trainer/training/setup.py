@@ -245,6 +245,7 @@ def write_run_folder(run: RunState, checkpoint: CheckpointHandle | None, device:
                     "device": str(device),
                     "experts": None if run.canary is None else asdict(run.canary),
                     "world_size": run.mesh.layout.world_size,
+                    "model_size": asdict(run.size),
                     "data_fingerprint": corpus.fingerprint,
                     "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
                     "tasks": {task.name: {"fingerprint": task.fingerprint, **task.signatures} for task in run.tasks},

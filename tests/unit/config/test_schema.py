@@ -15,7 +15,7 @@ from trainer.config.slots import Slot
 from trainer.experiment import ExperimentConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps")
 
 
 @pytest.fixture(scope="module")

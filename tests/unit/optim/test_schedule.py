@@ -13,7 +13,8 @@ from trainer.experiment import ExperimentConfig
 from trainer.optim.registry import ScheduleConfig, WarmupCosineConfig, WarmupStableDecayConfig
 from trainer.optim.schedule import resolve_warmup
 
-SHIPPED = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps")
 
 
 def test_warmup_rises_to_the_peak_and_the_cosine_ends_at_its_final_fraction() -> None:

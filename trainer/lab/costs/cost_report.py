@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 
 from trainer.console import formatting
+from trainer.console.result_tables import result_screen, result_table, write_result
 from trainer.console.style import QUIET
-from trainer.lab.bench_report import result_screen, result_table, write_result
 from trainer.lab.costs.interleaved import Measured
 
 _LEGEND: Final = {

@@ -1,0 +1,36 @@
+"""Faults of sweeps."""
+
+from tests.planted.fault import in_package as _fault
+
+OUTCOME = "sweep/test_outcome.py"
+
+FAULTS = [
+    _fault(
+        "the standard error is the standard deviation",
+        "sweep/outcome.py",
+        "statistics.stdev(values) / math.sqrt(len(values))",
+        "statistics.stdev(values)",
+        OUTCOME,
+    ),
+    _fault(
+        "a candidate of which a trial failed is chosen",
+        "sweep/outcome.py",
+        "return self.is_final and len(self.results) == self.num_trials",
+        "return self.is_final",
+        OUTCOME,
+    ),
+    _fault(
+        "a trial counts as trained from its first checkpoint on",
+        "sweep/trial_result.py",
+        ".steps()[-1:] >= [step]",
+        ".steps() != []",
+        "sweep/test_run_sweep.py",
+    ),
+    _fault(
+        "trials outlive a sweep that was killed",
+        "sweep/trial_process.py",
+        "preexec_fn=end_with(os.getpid()),",
+        "",
+        "sweep/test_run_sweep.py",
+    ),
+]

@@ -1,0 +1,95 @@
+"""A sweep goes on wherever it was stopped, and ends with the table of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.launched_ranks import ROOT
+from tests.tiny_training import CONFIG, train_here
+from trainer.errors import PREEMPTED
+from trainer.sweep.plan_trials import Trial, plan_sweep
+from trainer.sweep.run_sweep import FAILED, run_sweep
+
+SWEEP = """\
+name: ks
+config: tiny.yaml
+common: {model.moe.router: {kind: top_k, normalize: false}, train.steps: 60, checkpoint: {every: 2, keep: 2}}
+over: {model.moe.router.top_k: [1, 2]}
+points: [{name: orphan, init_from: {run: nowhere}}]
+"""
+PATIENCE_S = 100
+
+
+def overrides(folder: Path) -> list[str]:
+    return [f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache"]
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "trainer", "sweep", str(folder / "s.yaml"), *overrides(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    )
+
+
+def newest_step(trial: Trial) -> int:
+    names = [path.name for path in trial.folder.checkpoints.glob("step_*")]
+    return max((int(name[5:]) for name in names), default=0)
+
+
+def interrupt(folder: Path, number: signal.Signals, trial: Trial) -> tuple[int, str, int]:
+    """Run the sweep until a trial has gone on from where it was, and send a signal to the sweep alone."""
+    before, process = newest_step(trial), start(folder)
+    end = time.monotonic() + PATIENCE_S
+    while newest_step(trial) <= before and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    return process.returncode, said, newest_step(trial)
+
+
+def table(folder: Path) -> dict[str, Any]:
+    """Return sweep.json without its times, and without what failed."""
+    record = json.loads((folder / "runs/ks/sweep.json").read_text())
+    for candidate in record["candidates"]:
+        del candidate["train_s"], candidate["failures"]
+        for trial in candidate["trials"]:
+            del trial["train_s"]
+    return record
+
+
+def test_a_sweep_that_was_killed_three_times_ends_with_the_same_table(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tiny.yaml").write_text(CONFIG)
+        (tmp_path / name / "s.yaml").write_text(SWEEP)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    never_stopped = plan_sweep(whole / "s.yaml", [*overrides(whole), "points=[]"])
+    for trial in never_stopped.trials:
+        train_here(trial.config)
+    assert run_sweep(never_stopped) == 0, "both have trained already"
+
+    first, second, orphan = plan_sweep(killed / "s.yaml", overrides(killed)).trials
+    for trial in (first, first, second):
+        code, said, step = interrupt(killed, signal.SIGKILL, trial)
+        assert (code, step < 60) == (-signal.SIGKILL, True), said
+    code, said, step = interrupt(killed, signal.SIGTERM, second)
+    assert (code, step < 60) == (PREEMPTED, True) and "stopped by SIGTERM: trials have saved" in said
+    assert not orphan.folder.path.exists()
+    last = start(killed)
+    said, _ = last.communicate(timeout=PATIENCE_S)
+    assert last.returncode == FAILED and "1 of 3 trials have trained already" in said
+    reason = f"{orphan.name}: exit code "
+    assert f"failed: {reason}" in said and "nowhere" in said
+    assert newest_step(first) == newest_step(second) == 60
+
+    [*ended, failed], expected = table(killed)["candidates"], table(whole)
+    assert ended == expected["candidates"]
+    assert (failed["mean"], failed["trials"]) == (None, [])
+    assert table(killed)["recommended"] == expected["recommended"] != None  # noqa: E711
+    assert "recommended: top_k-" in said and (killed / "runs/ks/sweep.svg").read_text().count("<circle") == 4
