@@ -73,17 +73,17 @@ def _map(counts: np.ndarray, domains: Sequence[str], name: str, *, left: int, to
             tooltip = f"{domain}, expert {expert}: {100 * share:.1f} % of assignments, {ratio:.2f} times the even share"
             yield rect(x, y, cell - 1, ROW - 1, "cell", fill=_colour(ratio), tooltip=tooltip)
             if cell >= 26:  # wide enough for a number
-                style = "value on-light" if abs(_position(ratio)) < 0.6 else "value on-dark"
+                style = "value on-light" if abs(scale_position(ratio)) < 0.6 else "value on-dark"
                 yield text(x + cell / 2, y + 15, f"{100 * share:.0f}", style)
 
 
-def _position(ratio: float) -> float:
+def scale_position(ratio: float) -> float:
     """Return the position of a share on the scale: -1 at a quarter of the even share or less, 1 at four times it."""
     return -1.0 if ratio <= 0 else max(-1.0, min(1.0, math.log2(ratio) / 2))
 
 
 def _colour(ratio: float) -> str:
-    position = _position(ratio)
+    position = scale_position(ratio)
     end = _HIGH if position > 0 else _LOW
     mixed = [round(even + (far - even) * abs(position)) for even, far in zip(_EVEN, end, strict=True)]
     return "#{:02x}{:02x}{:02x}".format(*mixed)

@@ -1,0 +1,87 @@
+"""Write what a run is, and in what several runs differ: config and results."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from trainer.console.formatting import rate
+from trainer.report.markup import PageTable, figure_number, foreign, section, table
+from trainer.report.report_data import ReportData, RunCard
+
+_NOT_RESULTS: Final = ("time/", "time_max/", "system/", "data/")
+
+
+def run_card(data: ReportData) -> str:
+    """Return what was trained, how far, and on what it was measured."""
+    card, text = data.card, data.text
+    facts = [
+        ("measured at step", "no checkpoint yet" if card.step is None else f"{card.step} of {card.planned_steps}"),
+        ("tokens trained", rate(card.trained_tokens)),
+        ("parameters", f"{rate(card.parameters)}, {rate(card.active_parameters)} for each token"),
+        ("experts", _experts(card)),
+        ("router", _router(card)),
+        ("training loss", _last(card, "loss")),
+        ("held-out loss", _last(card, "eval/loss")),
+        ("held-out bits per byte", _last(card, "eval/bits_per_byte")),
+        ("folder", card.folder),
+    ]
+    rows = "".join(f"<div><dt>{label}</dt><dd>{foreign(value)}</dd></div>" for label, value in facts)
+    parts = [f"<dl>{rows}</dl>"]
+    if text is not None:
+        heads = ["domain", "tokens measured", "loss, nats per token"]
+        of_domains = list(zip(text.domains, text.domain_tokens, text.domain_loss, strict=True))
+        means = f"loss {figure_number(text.loss)}, {figure_number(text.bits_per_byte)} bits per byte"
+        caption = f"held-out text: {text.rows} rows, {text.tokens} tokens, {means}"
+        parts.append(table(PageTable(heads=heads, rows=of_domains, caption=caption)))
+    parts += [f'<p class="note">{foreign(remark)}</p>' for remark in data.remarks]
+    return "".join(parts)
+
+
+def comparison_section(names: Sequence[str], cards: Sequence[RunCard]) -> str:
+    """Return tables of the differences of config and of all results, or nothing for a single run."""
+    if len(cards) < 2:
+        return ""
+    configs = [dict(_leaves(card.config)) for card in cards]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    differing = [[key, *(config.get(key, "-") for config in configs)] for key in keys if _differs(configs, key)]
+    results = dict.fromkeys(key for card in cards for key in card.last if not key.startswith(_NOT_RESULTS))
+    rows = [[key, *(card.last.get(key) for card in cards)] for key in results if key not in ("step", "tokens")]
+    parts = [
+        table(PageTable(heads=["key", *names], rows=differing, caption="config, where it differs"))
+        if differing
+        else "<p>The configs are equal.</p>",
+        table(PageTable(heads=["result", *names], rows=rows, caption="last value of every metric")),
+    ]
+    return section("differences", "Differences", "Between the runs of this page.", parts)
+
+
+def _experts(card: RunCard) -> str:
+    if not card.moe_layers or card.num_experts is None:
+        return "none: a dense model"
+    chosen = "" if card.top_k is None else f", {card.top_k} for each token"
+    return f"{card.num_experts} in each of {len(card.moe_layers)} layers{chosen}"
+
+
+def _router(card: RunCard) -> str:
+    if card.router is None:
+        return "-"
+    return card.router + (", dropless" if card.capacity_factor is None else f", capacity {card.capacity_factor:g}")
+
+
+def _last(card: RunCard, key: str) -> str:
+    return figure_number(card.last.get(key))
+
+
+def _differs(configs: Sequence[Mapping[str, str]], key: str) -> bool:
+    return len({config.get(key) for config in configs}) > 1
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys of a config with their values in words."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping | list | tuple) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{index}")
+    else:
+        yield key, "null" if value is None else str(value)

@@ -1,0 +1,196 @@
+"""Draw curves over steps and parts of a whole as SVG for a page, with their last values in words."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from trainer.console.svg import line, text
+from trainer.report.markup import PageTable, details, figure, figure_number, foreign, quoted, spelled, table
+
+_WIDTH: Final = 400
+_HEIGHT: Final = 210
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 34
+MOST_POINTS: Final = 240
+"""Points of a curve; of more, the lowest and the highest of each stretch are drawn."""
+_MOST_ROWS: Final = 60  # rows of the folded table
+_DASHES: Final = ("", "7 3", "2 3", "9 3 2 3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A series over steps; values that are None or not finite leave a gap."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float | None]
+    colour: int = 0
+    dash: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """From steps and values to pixels."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - self.first) / ((self.last - self.first) or 1)
+
+    def y(self, value: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (value - self.low) / ((self.high - self.low) or 1)
+
+
+def curve_chart(
+    title: str, curves: Sequence[Curve], *, unit: str = "", floor: float | None = None, axis: str = "step"
+) -> str:
+    """Return a figure of curves over steps, or nothing if none has a finite value.
+
+    The vertical axis includes `floor`, if there is one. The values, thinned out, are in a folded table.
+    """
+    kept = [thinned for curve in curves if (thinned := _thinned(curve)).steps]
+    if not kept:
+        return ""
+    axes = _axes(kept, floor)
+    body = _grid(axes, axis)
+    body += [_path(curve, axes) for curve in kept]
+    ends = "; ".join(f"{spelled(c.name)} ends at {figure_number(c.values[-1])}" for c in kept)
+    drawn = _svg(body, f"{title} over {axis} {int(axes.first)} to {int(axes.last)}: {ends}", height=_HEIGHT)
+    keys = "".join(_key(curve) for curve in kept)
+    folded = details("numbers", table(_numbers(kept, axis, unit)))
+    return figure(title, f'{drawn}<ul class="keys">{keys}</ul>{folded}', note=unit)
+
+
+def share_bars(title: str, parts: Sequence[str], bars: Sequence[tuple[str, Sequence[float]]], *, unit: str) -> str:
+    """Return a figure of a bar for each name, divided into parts, whose lengths are comparable between bars."""
+    longest = max((math.fsum(values) for _, values in bars), default=0.0)
+    if longest <= 0:
+        return ""
+    body, y = [], 4.0
+    for name, values in bars:
+        total = math.fsum(values)
+        label = f"{spelled(name)}: {figure_number(total)} {unit}" if name else f"{figure_number(total)} {unit}"
+        body.append(text(0, y + 12, label, "quiet"))
+        x = 0.0
+        for index, (part, value) in enumerate(zip(parts, values, strict=True)):
+            width = _WIDTH * value / longest
+            tip = quoted(f"{part}: {figure_number(value)} {unit}, {100 * value / total:.1f} %")
+            box = f'x="{x:.1f}" y="{y + 18:.1f}" width="{max(0.0, width - 1):.1f}" height="20"'
+            body.append(f'<rect class="f{index % 9}" {box}><title>{tip}</title></rect>')
+            x += width
+        y += 48
+    sums = [math.fsum(values[i] for _, values in bars) for i in range(len(parts))]
+    keys = "".join(
+        f'<li><span class="swatch b{i % 9}"></span>{foreign(part)}</li>' for i, part in enumerate(parts) if sums[i]
+    )
+    rows = [[part, *(values[i] for _, values in bars)] for i, part in enumerate(parts)]
+    numbers = table(PageTable(heads=["part", *(f"{name} {unit}".strip() for name, _ in bars)], rows=rows))
+    return figure(title, f'{_svg(body, title, height=y)}<ul class="keys">{keys}</ul>{numbers}')
+
+
+def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return round values between two, at most `most` + 1 of them."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= span * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _axes(curves: Sequence[Curve], floor: float | None) -> _Axes:
+    values = [value for curve in curves for value in curve.values if value is not None]
+    low, high = min(values), max(values)
+    if floor is not None:
+        low, high = min(low, floor), max(high, floor)
+    if high == low:
+        low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
+    margin = 0.03 * (high - low)
+    low = low if low == floor else low - margin
+    return _Axes(min(c.steps[0] for c in curves), max(c.steps[-1] for c in curves), low, high + margin)
+
+
+def _grid(axes: _Axes, axis: str) -> list[str]:
+    bottom = _HEIGHT - _BOTTOM
+    body = [line(_LEFT, bottom, _WIDTH - _RIGHT, bottom, "axis")]
+    for value in nice_ticks(axes.low, axes.high):
+        body.append(line(_LEFT, round(axes.y(value), 1), _WIDTH - _RIGHT, round(axes.y(value), 1), "rule"))
+        body.append(text(_LEFT - 6, round(axes.y(value) + 4, 1), f"{value:.4g}", "quiet end"))
+    for step in nice_ticks(axes.first, axes.last, 4):
+        body.append(
+            text(round(axes.x(step), 1), bottom + 16, f"{step:g}" if step < 1e5 else f"{step:.3g}", "quiet mid")
+        )
+    return [*body, text(_WIDTH - _RIGHT, _HEIGHT - 4, axis, "quiet end")]
+
+
+def _path(curve: Curve, axes: _Axes) -> str:
+    """Return a curve with its numbers for the script, and a point where a value stands alone."""
+    moves, is_open = [], False
+    points = list(zip(curve.steps, curve.values, strict=True))
+    for step, value in points:
+        if value is None:
+            is_open = False
+            continue
+        moves.append(f"{'L' if is_open else 'M'}{axes.x(step):.1f} {axes.y(value):.1f}")
+        is_open = True
+    if len(moves) == 1:
+        moves.append("h0.1")
+    values = " ".join("-" if value is None else f"{value:.5g}" for value in curve.values)
+    dash = f' stroke-dasharray="{_DASHES[curve.dash % len(_DASHES)]}"' if curve.dash % len(_DASHES) else ""
+    return (
+        f'<path class="s{curve.colour % 9}" d="{"".join(moves)}"{dash} data-name="{quoted(curve.name)}" '
+        f'data-steps="{" ".join(map(str, curve.steps))}" data-values="{values}"/>'
+    )
+
+
+def _key(curve: Curve) -> str:
+    dash = f' stroke-dasharray="{_DASHES[curve.dash % len(_DASHES)]}"' if curve.dash % len(_DASHES) else ""
+    mark = f'<svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path class="s{curve.colour % 9}"{dash} d="M0 4h24"/></svg>'
+    return f"<li>{mark}{foreign(curve.name)} <b>{figure_number(curve.values[-1])}</b></li>"
+
+
+def _numbers(curves: Sequence[Curve], axis: str, unit: str) -> PageTable:
+    """Return the values of curves by step: the last of every curve, and evenly chosen ones before it."""
+    by_step = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
+    steps = sorted({step for values in by_step for step in values})
+    every = math.ceil(len(steps) / _MOST_ROWS)
+    shown = sorted({*steps[::-1][::every], *(curve.steps[-1] for curve in curves)})
+    rows = [[step, *(values.get(step) for values in by_step)] for step in shown]
+    return PageTable(heads=[axis, *(curve.name for curve in curves)], rows=rows, caption=unit)
+
+
+def _thinned(curve: Curve) -> Curve:
+    """Return a curve without what is not finite at its ends, and with at most MOST_POINTS points and its last."""
+    pairs = [
+        (s, v if v is not None and math.isfinite(v) else None) for s, v in zip(curve.steps, curve.values, strict=True)
+    ]
+    while pairs and pairs[-1][1] is None:
+        pairs.pop()
+    if len(pairs) > MOST_POINTS:
+        last, size = pairs[-1], math.ceil(2 * len(pairs) / (MOST_POINTS - 2))
+        kept = []
+        for start in range(0, len(pairs), size):
+            stretch = [pair for pair in pairs[start : start + size] if pair[1] is not None]
+            ends = (
+                {min(stretch, key=lambda p: p[1] or 0.0), max(stretch, key=lambda p: p[1] or 0.0)} if stretch else set()
+            )
+            kept += sorted(ends, key=lambda pair: pair[0])
+        pairs = kept if kept[-1] == last else [*kept, last]
+    return Curve(
+        name=curve.name,
+        steps=[step for step, _ in pairs],
+        values=[value for _, value in pairs],
+        colour=curve.colour,
+        dash=curve.dash,
+    )
+
+
+def _svg(body: Sequence[str], label: str, *, height: float) -> str:
+    inner = "\n".join(body)
+    return (
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{quoted(label)}">\n{inner}\n</svg>'
+    )

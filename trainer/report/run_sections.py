@@ -1,0 +1,163 @@
+"""Write the sections of a report that a run's logs are enough for: curves, load, times, alarms."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+from trainer.report.curve_chart import Curve, curve_chart, share_bars
+from trainer.report.heat_chart import HeatMap, heat_chart, heat_legend
+from trainer.report.markup import PageTable, figure_number, foreign, grid, quoted, section, table
+from trainer.report.run_logs import RunLogs
+
+_CURVES: Final = (
+    ("load_imbalance", "load of the busiest expert", "times the mean; 1 is even", 1.0),
+    ("drop_rate", "dropped assignments", "share", 0.0),
+    ("dead_experts", "dead experts", "pairs of layer and expert without a token in a step", 0.0),
+    ("router_entropy", "router entropy", "nats per token", 0.0),
+    ("balance_loss", "balance loss", "1 is even", None),
+    ("experts_per_token", "experts per token", "", None),
+    ("grad_norm", "gradient norm", "before clipping", 0.0),
+    ("lr", "learning rate", "", 0.0),
+    ("tokens_per_s", "speed", "tokens per second", 0.0),
+    ("step_s", "time of a step", "seconds", 0.0),
+    ("system/process_gb", "memory of the largest rank", "GB", 0.0),
+)
+"""Key of metrics.jsonl, title, unit, and a value that the axis includes."""
+_MOST_STRETCHES: Final = 24  # columns of the load over time
+_MOST_DOMAINS: Final = 12  # curves of one run
+
+
+def loss_section(logs: Sequence[RunLogs]) -> str:
+    """Return the losses over time: training and held-out text, all of it and by domain."""
+    parts = [curve_chart("loss", _losses(logs), unit="nats per token")]
+    bits = [log.curve("eval/bits_per_byte", log.name, colour=i) for i, log in enumerate(logs)]
+    parts.append(curve_chart("held-out text", bits, unit="bits per byte"))
+    for log in logs:
+        keys = [key for key in log.keys("eval/", "/bits_per_byte") if key != "eval/bits_per_byte"][:_MOST_DOMAINS]
+        curves = [
+            log.curve(key, key.removeprefix("eval/").removesuffix("/bits_per_byte"), colour=i, dash=i // 9)
+            for i, key in enumerate(keys)
+        ]
+        title = "held-out text by domain" + (f": {log.name}" if len(logs) > 1 else "")
+        parts.append(curve_chart(title, curves, unit="bits per byte"))
+    note = "Cross-entropy, nothing added; held-out text is evaluated without drops. Lower is better."
+    return section("loss", "Loss", note, [grid(parts)])
+
+
+def load_section(logs: Sequence[RunLogs]) -> str:
+    """Return the load of experts, and what else was logged, over time."""
+    charts = []
+    for key, title, unit, floor in _CURVES:
+        curves = [log.curve(key, log.name, colour=index) for index, log in enumerate(logs)]
+        if key in ("drop_rate", "dead_experts") and not any(v for curve in curves for v in curve.values if v):
+            continue  # none was dropped, none died: the tables of the last state say so
+        charts.append(curve_chart(title, curves, unit=unit, floor=floor))
+    maps = [chart for log in logs for chart in _load_maps(log, has_name=len(logs) > 1)]
+    legend = f'<p class="note">Load over time: {heat_legend("even_share")}.</p>' if maps else ""
+    pairs = f'<div class="pair">{"".join(maps)}</div>' if maps else ""
+    note = "Values of single steps; times are means since the line before."
+    return section("time", "Load and speed over time", note, [grid(charts), legend, pairs])
+
+
+def step_time_section(logs: Sequence[RunLogs]) -> str:
+    """Return where the time of a step went: means over the logged steps but the first, in which things warm up."""
+    parts = list(dict.fromkeys(key for log in logs for key in log.keys("time/")))
+    bars = []
+    for log in logs:
+        means = [_mean([v for v in log.curve(key, key).values if v is not None][1:]) for key in parts]
+        if any(means):
+            bars.append((log.name if len(logs) > 1 else "a step", [1000 * mean for mean in means]))
+    if not bars:
+        return ""
+    names = [key.removeprefix("time/") for key in parts]
+    note = "Milliseconds, mean over ranks and over all logged steps but the first; the parts do not overlap."
+    return section(
+        "parts", "Where the time of a step goes", note, [share_bars("parts of a step", names, bars, unit="ms")]
+    )
+
+
+def alarm_section(logs: Sequence[RunLogs]) -> str:
+    """Return what rang while training, and what to do; the first of each kind in a layer, with how often it rang."""
+    parts = []
+    for log in logs:
+        kinds: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+        for record in log.alarms.records:
+            kinds.setdefault((str(record.get("alarm", "alarm")), record.get("layer")), []).append(record)
+        parts += [_alarm(log.name if len(logs) > 1 else "", records) for records in kinds.values()]
+    if not parts:
+        parts = ['<p class="fine">None rang.</p>']
+    return section("alarms", "Alarms", "What the run warned of while it trained (alarms.jsonl).", parts)
+
+
+def damage_notes(logs: Sequence[RunLogs]) -> list[str]:
+    """Return sentences about lines of logs that could not be read."""
+    found = []
+    for log in logs:
+        files = (("metrics.jsonl", log.metrics), ("routing.jsonl", log.routing), ("alarms.jsonl", log.alarms))
+        for name, content in files:
+            if content.unreadable:
+                found.append(f"{log.name}: {name} cannot be read: {content.unreadable}")
+            if content.damaged:
+                found.append(f"{log.name}: {len(content.damaged)} damaged lines of {name} are left out")
+    return found
+
+
+def _losses(logs: Sequence[RunLogs]) -> list[Curve]:
+    curves = []
+    for index, log in enumerate(logs):
+        prefix = f"{log.name}, " if len(logs) > 1 else ""
+        held_out = index if len(logs) > 1 else 1
+        curves.append(log.curve("loss", f"{prefix}training", colour=index))
+        curves.append(log.curve("eval/loss", f"{prefix}held out", colour=held_out, dash=1))
+    return curves
+
+
+def _load_maps(log: RunLogs, *, has_name: bool) -> list[str]:
+    """Return a map for each layer: experts by stretches of steps, shares of the assignments."""
+    records = list(log.counts())
+    if not records or len(records[0][1][0]) < 2:
+        return []
+    size = math.ceil(len(records) / _MOST_STRETCHES)
+    stretches = [records[start : start + size] for start in range(0, len(records), size)]
+    charts = []
+    num_experts = len(records[0][1][0])
+    for layer in range(len(records[0][1])):
+        sums = [[math.fsum(c[layer][e] for _, c in part) for e in range(num_experts)] for part in stretches]
+        totals = [math.fsum(column) or math.nan for column in sums]
+        values = [[column[e] / total for column, total in zip(sums, totals, strict=True)] for e in range(num_experts)]
+        title = f"MoE layer {layer + 1} of {len(records[0][1])}" + (f": {log.name}" if has_name else "")
+        heat = HeatMap(
+            title=title,
+            rows=[f"expert {expert}" for expert in range(num_experts)],
+            columns=[str(part[-1][0]) for part in stretches],
+            values=values,
+            scale="even_share",
+            corner="to step",
+            note="percent of the assignments of the logged steps up to this one",
+            even=1 / num_experts,
+        )
+        charts.append(heat_chart(heat))
+    return charts
+
+
+def _alarm(run: str, records: Sequence[dict[str, Any]]) -> str:
+    first, last = records[0], records[-1]
+    layer = "" if first.get("layer") is None else f", layer {first['layer']}"
+    steps = (
+        f"step {first['step']}"
+        if len(records) == 1
+        else f"{len(records)} times, steps {first['step']} to {last['step']}"
+    )
+    head = f"{foreign(str(first.get('alarm', 'alarm')))}{quoted(layer)}: {steps}"
+    owner = f'<p class="note">{foreign(run)}</p>' if run else ""
+    message, advice = foreign(str(last.get("message", ""))), foreign(str(last.get("advice", "")))
+    known = {"step", "alarm", "layer", "message", "advice"}
+    rest = {key: value for key, value in last.items() if key not in known and isinstance(value, int | float | str)}
+    more = table(PageTable(heads=list(rest), rows=[[figure_number(v) for v in rest.values()]])) if rest else ""
+    words = f"<p>{message}</p><p><b>What to do:</b> {advice}</p>"
+    return f'<div class="card alarm"><h3>{head}</h3>{owner}{words}{more}</div>\n'
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else 0.0
