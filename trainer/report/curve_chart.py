@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from trainer.console.formatting import rate
 from trainer.console.svg import line, text
 from trainer.report.markup import PageTable, details, figure, figure_number, foreign, quoted, spelled, table
 
@@ -88,7 +89,8 @@ def share_bars(title: str, parts: Sequence[str], bars: Sequence[tuple[str, Seque
     )
     rows = [[part, *(values[i] for _, values in bars)] for i, part in enumerate(parts)]
     numbers = table(PageTable(heads=["part", *(f"{name} {unit}".strip() for name, _ in bars)], rows=rows))
-    return figure(title, f'{_svg(body, title, height=y)}<ul class="keys">{keys}</ul>{numbers}')
+    drawn = f'<div class="bars">{_svg(body, title, height=y)}</div>'
+    return figure(title, f'{drawn}<ul class="keys">{keys}</ul>{numbers}')
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -119,11 +121,9 @@ def _grid(axes: _Axes, axis: str) -> list[str]:
     body = [line(_LEFT, bottom, _WIDTH - _RIGHT, bottom, "axis")]
     for value in nice_ticks(axes.low, axes.high):
         body.append(line(_LEFT, round(axes.y(value), 1), _WIDTH - _RIGHT, round(axes.y(value), 1), "rule"))
-        body.append(text(_LEFT - 6, round(axes.y(value) + 4, 1), f"{value:.4g}", "quiet end"))
+        body.append(text(_LEFT - 6, round(axes.y(value) + 4, 1), _short(value), "quiet end"))
     for step in nice_ticks(axes.first, axes.last, 4):
-        body.append(
-            text(round(axes.x(step), 1), bottom + 16, f"{step:g}" if step < 1e5 else f"{step:.3g}", "quiet mid")
-        )
+        body.append(text(round(axes.x(step), 1), bottom + 16, _short(step), "quiet mid"))
     return [*body, text(_WIDTH - _RIGHT, _HEIGHT - 4, axis, "quiet end")]
 
 
@@ -140,16 +140,24 @@ def _path(curve: Curve, axes: _Axes) -> str:
     if len(moves) == 1:
         moves.append("h0.1")
     values = " ".join("-" if value is None else f"{value:.5g}" for value in curve.values)
-    dash = f' stroke-dasharray="{_DASHES[curve.dash % len(_DASHES)]}"' if curve.dash % len(_DASHES) else ""
     return (
-        f'<path class="s{curve.colour % 9}" d="{"".join(moves)}"{dash} data-name="{quoted(curve.name)}" '
+        f'<path class="s{curve.colour % 9}" d="{"".join(moves)}"{_dash(curve)} data-name="{quoted(curve.name)}" '
         f'data-steps="{" ".join(map(str, curve.steps))}" data-values="{values}"/>'
     )
 
 
+def _short(value: float) -> str:
+    return rate(value) if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _dash(curve: Curve) -> str:
+    pattern = _DASHES[curve.dash % len(_DASHES)]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
+
+
 def _key(curve: Curve) -> str:
-    dash = f' stroke-dasharray="{_DASHES[curve.dash % len(_DASHES)]}"' if curve.dash % len(_DASHES) else ""
-    mark = f'<svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path class="s{curve.colour % 9}"{dash} d="M0 4h24"/></svg>'
+    stroke = f'<path class="s{curve.colour % 9}"{_dash(curve)} d="M0 4h24"/>'
+    mark = f'<svg class="key" viewBox="0 0 24 8" aria-hidden="true">{stroke}</svg>'
     return f"<li>{mark}{foreign(curve.name)} <b>{figure_number(curve.values[-1])}</b></li>"
 
 

@@ -51,12 +51,11 @@ def heat_chart(heat: HeatMap) -> str:
         even = heat.even if heat.even is not None else math.fsum(given) / max(1, len(given))
         cells = "".join(_cell(value, even, heat.scale) for value in values)
         rows.append(f'<tr><th scope="row">{quoted(name)}</th>{cells}</tr>\n')
-    small = f' <span class="note">{quoted(heat.note)}</span>' if heat.note else ""
-    caption = f"<caption>{quoted(heat.title)}{small}</caption>"
-    return (
-        f'<figure><div class="wide" tabindex="0"><table class="heat">{caption}<thead><tr><td>{quoted(heat.corner)}</td>'
-        f"{heads}</tr></thead>\n<tbody>{''.join(rows)}</tbody></table></div></figure>\n"
+    body = (
+        f'<div class="wide" tabindex="0"><table class="heat" aria-label="{quoted(heat.title)}"><thead><tr>'
+        f"<td>{quoted(heat.corner)}</td>{heads}</tr></thead>\n<tbody>{''.join(rows)}</tbody></table></div>"
     )
+    return figure(heat.title, body, note=heat.note)
 
 
 def heat_legend(scale: HeatScale) -> str:

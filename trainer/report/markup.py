@@ -12,7 +12,7 @@ _SHOWN_FORMATS: Final = frozenset(
     "\u00ad\u061c\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
 )
 _SHOWN_CATEGORIES: Final = frozenset({"Cc", "Cs", "Co", "Cn", "Zl", "Zp"})
-_PICTURES: Final = 0x2400  # Unicode's pictures of control characters begin here
+_ESCAPES: Final = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 _SPACE: Final = "\u2423"
 
 
@@ -27,12 +27,12 @@ class PageTable:
 
 
 def spelled(text: str) -> str:
-    """Replace control, reordering and invisible characters by signs for them."""
+    """Write control, reordering and invisible characters as escapes, such as \\n and \\x1b."""
     return text if text.isascii() and text.isprintable() else "".join(map(_spelled, text))
 
 
 def spelled_token(text: str) -> str:
-    """Replace what `spelled` does, and the spaces at both ends, which are part of a token."""
+    """Write what `spelled` does as escapes, and as signs the spaces at both ends, which are part of a token."""
     inner = text.strip(" ")
     if not inner:
         return _SPACE * len(text) or "(empty)"
@@ -97,6 +97,12 @@ def grid(parts: Iterable[str]) -> str:
     return f'<div class="grid">\n{body}</div>\n' if body else ""
 
 
+def maps(parts: Iterable[str]) -> str:
+    """Return heat maps beside each other, each as wide as it is."""
+    body = "".join(parts)
+    return f'<div class="maps">\n{body}</div>\n' if body else ""
+
+
 def _cell(value: str | float | int | None) -> str:
     if isinstance(value, str):
         return f"<td>{quoted(value)}</td>"
@@ -107,10 +113,8 @@ def _cell(value: str | float | int | None) -> str:
 
 def _spelled(character: str) -> str:
     code = ord(character)
-    if code < 0x20:
-        return chr(_PICTURES + code)
-    if code == 0x7F:
-        return "\u2421"
+    if character in _ESCAPES:
+        return _ESCAPES[character]
     if character in _SHOWN_FORMATS or unicodedata.category(character) in _SHOWN_CATEGORIES:
-        return f"[U+{code:04X}]"
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
     return character

@@ -31,7 +31,12 @@ figure, .card {
   margin: 0 0 14px; padding: 12px; background: var(--card); border: 1px solid var(--grid); border-radius: 8px;
   min-width: 0;
 }
-.grid > figure { margin: 0 }
+.grid > figure, .maps > figure, .grid > .card { margin: 0 }
+.maps { display: flex; flex-wrap: wrap; gap: 14px; margin-bottom: 14px }
+.maps > figure { max-width: 100% }
+.bars { max-width: 560px }
+.card > h3 { margin-top: 0 }
+.card .note { font-size: .87rem; margin-bottom: 4px }
 figcaption, caption { font-weight: 600; text-align: left; padding-bottom: 6px }
 .plot { display: block; width: 100%; height: auto; font-size: 11px; fill: var(--text); font-family: inherit }
 .plot .quiet { fill: var(--quiet) }

@@ -10,7 +10,7 @@ from typing import Final
 from trainer.report.curve_chart import Curve, curve_chart
 from trainer.report.flow_chart import MOST_BANDED, flow_chart, strongest_flows
 from trainer.report.heat_chart import HeatMap, HeatScale, heat_chart, heat_legend
-from trainer.report.markup import PageTable, figure, figure_number, grid, quoted, table
+from trainer.report.markup import PageTable, figure, figure_number, grid, maps, quoted, table
 from trainer.report.report_data import LayerFindings, Matrix, ReportData
 
 _MOST_FLOWS: Final = 12
@@ -68,13 +68,13 @@ def domain_maps(data: ReportData) -> str:
             note=f"expert and domain share {figure_number(layer.mutual_information)} of {figure_number(bound)} bits",
         )
         parts.append(heat_chart(heat))
-    return "".join(parts)
+    return maps(parts)
 
 
 def coactivation_maps(data: ReportData) -> str:
     """Return which experts are chosen for the same tokens."""
-    maps = [_square(layer, layer.coactivation, "even_share") for layer in data.layers]
-    return f'<p class="note">{_ROW_NOTE}</p>{"".join(maps)}' if any(maps) else ""
+    body = maps(_square(layer, layer.coactivation, "even_share") for layer in data.layers)
+    return f'<p class="note">{_ROW_NOTE}</p>{body}' if body else ""
 
 
 def flow_figures(data: ReportData) -> str:
@@ -102,12 +102,12 @@ def flow_figures(data: ReportData) -> str:
 
 def similarity_maps(data: ReportData) -> str:
     """Return how alike the experts of a layer are, by their weights and by their outputs."""
-    maps = []
+    charted = []
     for layer in data.layers:
-        maps.append(_square(layer, layer.weight_similarity, "signed", "weights"))
-        maps.append(_square(layer, layer.output_similarity, "signed", "outputs"))
-    body = "".join(maps)
-    return f'<p class="note">Cosines in {heat_legend("signed")}.</p><div class="pair">{body}</div>' if body else ""
+        charted.append(_square(layer, layer.weight_similarity, "signed", "weights"))
+        charted.append(_square(layer, layer.output_similarity, "signed", "outputs"))
+    body = maps(charted)
+    return f'<p class="note">Cosines in {heat_legend("signed")}.</p>{body}' if body else ""
 
 
 def drop_figures(data: ReportData) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from trainer.report.curve_chart import Curve, curve_chart, share_bars
 from trainer.report.heat_chart import HeatMap, heat_chart, heat_legend
-from trainer.report.markup import PageTable, figure_number, foreign, grid, quoted, section, table
+from trainer.report.markup import PageTable, figure_number, foreign, grid, maps, quoted, section, table
 from trainer.report.run_logs import RunLogs
 
 _CURVES: Final = (
@@ -49,14 +49,13 @@ def load_section(logs: Sequence[RunLogs]) -> str:
     charts = []
     for key, title, unit, floor in _CURVES:
         curves = [log.curve(key, log.name, colour=index) for index, log in enumerate(logs)]
-        if key in ("drop_rate", "dead_experts") and not any(v for curve in curves for v in curve.values if v):
-            continue  # none was dropped, none died: the tables of the last state say so
+        if not _changes(curves):
+            continue  # none was dropped, none died: the last values are in the tables
         charts.append(curve_chart(title, curves, unit=unit, floor=floor))
-    maps = [chart for log in logs for chart in _load_maps(log, has_name=len(logs) > 1)]
-    legend = f'<p class="note">Load over time: {heat_legend("even_share")}.</p>' if maps else ""
-    pairs = f'<div class="pair">{"".join(maps)}</div>' if maps else ""
+    charted = [chart for log in logs for chart in _load_maps(log, has_name=len(logs) > 1)]
+    legend = f'<p class="note">Load over time: {heat_legend("even_share")}.</p>' if charted else ""
     note = "Values of single steps; times are means since the line before."
-    return section("time", "Load and speed over time", note, [grid(charts), legend, pairs])
+    return section("time", "Load and speed over time", note, [grid(charts), legend, maps(charted)])
 
 
 def step_time_section(logs: Sequence[RunLogs]) -> str:
@@ -156,6 +155,11 @@ def _alarm(run: str, records: Sequence[dict[str, Any]]) -> str:
     more = table(PageTable(heads=list(rest), rows=[[figure_number(v) for v in rest.values()]])) if rest else ""
     words = f"<p>{message}</p><p><b>What to do:</b> {advice}</p>"
     return f'<div class="card alarm"><h3>{head}</h3>{owner}{words}{more}</div>\n'
+
+
+def _changes(curves: Sequence[Curve]) -> bool:
+    """Return whether there is more than one value: a straight line tells nothing."""
+    return len({value for curve in curves for value in curve.values}) > 1
 
 
 def _mean(values: Sequence[float]) -> float:
