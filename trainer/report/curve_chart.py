@@ -120,10 +120,10 @@ def _grid(axes: _Axes, axis: str) -> list[str]:
     bottom = _HEIGHT - _BOTTOM
     body = [line(_LEFT, bottom, _WIDTH - _RIGHT, bottom, "axis")]
     for value in nice_ticks(axes.low, axes.high):
-        body.append(line(_LEFT, round(axes.y(value), 1), _WIDTH - _RIGHT, round(axes.y(value), 1), "rule"))
-        body.append(text(_LEFT - 6, round(axes.y(value) + 4, 1), _short(value), "quiet end"))
-    for step in nice_ticks(axes.first, axes.last, 4):
-        body.append(text(round(axes.x(step), 1), bottom + 16, _short(step), "quiet mid"))
+        y = round(axes.y(value), 1)
+        body += [line(_LEFT, y, _WIDTH - _RIGHT, y, "rule"), text(_LEFT - 6, y + 4, _short(value), "quiet end")]
+    ticks = nice_ticks(axes.first, axes.last, 4)
+    body += [text(round(axes.x(step), 1), bottom + 16, _short(step), "quiet mid") for step in ticks]
     return [*body, text(_WIDTH - _RIGHT, _HEIGHT - 4, axis, "quiet end")]
 
 

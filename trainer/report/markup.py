@@ -27,7 +27,7 @@ class PageTable:
 
 
 def spelled(text: str) -> str:
-    """Write control, reordering and invisible characters as escapes, such as \\n and \\x1b."""
+    """Write control, reordering and invisible characters as escapes."""
     return text if text.isascii() and text.isprintable() else "".join(map(_spelled, text))
 
 

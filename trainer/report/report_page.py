@@ -26,81 +26,76 @@ from trainer.runs.recorded_run import RecordedRun
 
 MOST_BYTES: Final = 2_000_000
 """Bytes of a page, which passages of text are left out to keep."""
-_WORD_BYTES: Final = 900_000
+_WORD_BYTES: Final = 800_000
+_FIXED_BYTES: Final = 60_000  # style, script and what is around the sections
+_SENTENCE_BYTES: Final = 2_000  # more than a section that was replaced has
 
 
 def report_html(data: Sequence[ReportData], runs: Sequence[RecordedRun]) -> str:
     """Return the page of runs, with their numbers in `data` and their logs read from `runs`, in the same order."""
     logs = read_run_logs(runs)
     names = [log.name for log in logs]
-    sections = [
-        _beside(
-            names, "card", "Run", "What was trained, and on what text it was measured.", [run_card(d) for d in data]
-        ),
+    of_run = "What was trained, and on what text it was measured."
+    before = [
+        _beside(names, "card", "Run", of_run, [run_card(one) for one in data]),
         comparison_section(names, [one.card for one in data]),
         alarm_section(logs),
         loss_section(logs),
         load_section(logs),
         step_time_section(logs),
-        *_expert_sections(names, data),
+        _beside(names, "layers", "Layers and experts", "On held-out text, without drops.", [load_map(d) for d in data]),
     ]
+    after = _expert_sections(names, data)
+    fitting = _fitting([*before, *after], MOST_BYTES - _FIXED_BYTES - _WORD_BYTES)
+    sections = [*fitting[: len(before) + 1], _words(names, data), *fitting[len(before) + 1 :]]
     title = f"Turnout: {', '.join(names)}"
     notes = "".join(f'<p class="note">{foreign(note)}</p>' for note in damage_notes(logs))
     body = f"<h1>{foreign(title)}</h1>\n{_contents(sections)}\n{notes}{''.join(sections)}"
     return _document(title, body)
 
 
-def _expert_sections(names: Sequence[str], data: Sequence[ReportData]) -> list[str]:
-    """Return the sections that are measured from checkpoints, each with all runs."""
+def _words(names: Sequence[str], data: Sequence[ReportData]) -> str:
+    """Return the section of what experts are for, whose length is limited."""
     room = _WORD_BYTES // max(1, len(data))
-    words = [expert_words(d.layers, d.text.domains if d.text else (), most_bytes=room) for d in data]
-    of_words = (
+    bodies = [expert_words(one.layers, one.text.domains if one.text else (), most_bytes=room) for one in data]
+    note = (
         "Tokens and n-grams that the expert sees more often than chance gives it, times chance, most certain first; "
         "then passages around them, with the routed token marked. \u2423 is a space."
     )
+    return _beside(names, "words", "What each expert is for", note, bodies)
+
+
+def _expert_sections(names: Sequence[str], data: Sequence[ReportData]) -> list[str]:
+    """Return the sections that are measured from checkpoints but the words, each with all runs; domains first."""
+    of_domains = (
+        "A row is a domain: percent of its assignments. Mutual information is 0 when all domains use the experts "
+        "alike, and log2 of their number when each has its own."
+    )
+    of_pairs = "On the same token."
+    of_flow = "Pairs of an assignment in a layer and one of the same token in the next."
+    of_time = "Saturation is the share of the choices that are already those of the last checkpoint."
+    of_likeness = "Cosines of their weights, and of their outputs on the same tokens: 100 would be a duplicate."
+    of_drops = "At the capacity of training, in micro-batches of training's size."
     return [
-        _beside(names, "layers", "Layers and experts", "On held-out text, without drops.", [load_map(d) for d in data]),
-        _beside(
-            names,
-            "domains",
-            "Domains and experts",
-            "A row is a domain: percent of its assignments. Mutual information is 0 when all domains use the experts "
-            "alike, and log2 of their number when each has its own.",
-            [domain_maps(d) for d in data],
-        ),
-        _beside(names, "words", "What each expert is for", of_words, words),
-        _beside(
-            names, "together", "Experts chosen together", "On the same token.", [coactivation_maps(d) for d in data]
-        ),
-        _beside(
-            names,
-            "flow",
-            "From layer to layer",
-            "Pairs of an assignment in a layer and one of the same token in the next.",
-            [flow_figures(d) for d in data],
-        ),
-        _beside(
-            names,
-            "checkpoints",
-            "Across checkpoints",
-            "Saturation is the share of the choices that are already those of the last checkpoint.",
-            [checkpoint_curves(d) for d in data],
-        ),
-        _beside(
-            names,
-            "similar",
-            "Similarity of experts",
-            "Cosines of their weights, and of their outputs on the same tokens: 100 would be a duplicate.",
-            [similarity_maps(d) for d in data],
-        ),
-        _beside(
-            names,
-            "drops",
-            "Dropped assignments",
-            "At the capacity of training, in micro-batches of training's size.",
-            [drop_figures(d) for d in data],
-        ),
+        _beside(names, "domains", "Domains and experts", of_domains, [domain_maps(d) for d in data]),
+        _beside(names, "together", "Experts chosen together", of_pairs, [coactivation_maps(d) for d in data]),
+        _beside(names, "flow", "From layer to layer", of_flow, [flow_figures(d) for d in data]),
+        _beside(names, "checkpoints", "Across checkpoints", of_time, [checkpoint_curves(d) for d in data]),
+        _beside(names, "similar", "Similarity of experts", of_likeness, [similarity_maps(d) for d in data]),
+        _beside(names, "drops", "Dropped assignments", of_drops, [drop_figures(d) for d in data]),
     ]
+
+
+def _fitting(sections: Sequence[str], room: int) -> list[str]:
+    """Return sections of which the longest are replaced by a sentence until all are as long as there is room for."""
+    kept = list(sections)
+    sizes = [len(one.encode()) for one in kept]
+    while sum(sizes) > room and max(sizes) > _SENTENCE_BYTES:
+        longest = sizes.index(max(sizes))
+        head = kept[longest].split("<p", 1)[0]
+        kept[longest] = f'{head}<p class="note">Too large for a page: the JSON has its numbers.</p></section>\n'
+        sizes[longest] = len(kept[longest].encode())
+    return kept
 
 
 def _beside(names: Sequence[str], anchor: str, title: str, note: str, bodies: Sequence[str]) -> str:

@@ -36,8 +36,8 @@ class RunLogs:
         newest = {record["step"]: record.get("counts") for record in self.routing.records}
         shape = None
         for step in sorted(newest):
-            counts = newest[step]
-            if not _is_matrix(counts):
+            counts = _matrix(newest[step])
+            if counts is None:
                 continue
             shape = shape or (len(counts), len(counts[0]))
             if (len(counts), len(counts[0])) == shape:
@@ -59,8 +59,9 @@ def read_run_logs(runs: Sequence[RecordedRun]) -> list[RunLogs]:
     ]
 
 
-def _is_matrix(value: Any) -> bool:
-    """Return whether a value of a log is a rectangle of numbers."""
+def _matrix(value: Any) -> list[list[float]] | None:
+    """Return a value of a log if it is a rectangle of numbers."""
     if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
-        return False
-    return all(len(row) == len(value[0]) and all(isinstance(n, int | float) for n in row) for row in value)
+        return None
+    is_whole = all(len(row) == len(value[0]) and all(isinstance(n, int | float) for n in row) for row in value)
+    return value if is_whole else None

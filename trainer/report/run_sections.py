@@ -23,7 +23,7 @@ _CURVES: Final = (
     ("system/process_gb", "memory of the largest rank", "GB", 0.0),
 )
 """Key of metrics.jsonl, title, unit, and a value that the axis includes."""
-_MOST_STRETCHES: Final = 24  # columns of the load over time
+_MOST_STRETCHES: Final = 16  # columns of the load over time
 _MOST_DOMAINS: Final = 12  # curves of one run
 
 
@@ -71,7 +71,7 @@ def step_time_section(logs: Sequence[RunLogs]) -> str:
     names = [key.removeprefix("time/") for key in parts]
     note = "Milliseconds, mean over ranks and over all logged steps but the first; the parts do not overlap."
     return section(
-        "parts", "Where the time of a step goes", note, [share_bars("parts of a step", names, bars, unit="ms")]
+        "parts", "Where the time of a step goes", note, [maps([share_bars("parts of a step", names, bars, unit="ms")])]
     )
 
 

@@ -20,7 +20,7 @@ def expert_words(layers: Sequence[LayerFindings], domains: Sequence[str], *, mos
         cards = []
         for expert in layer.experts:
             card = _card(expert, domains)
-            if written + len(card) <= most_bytes and not left:
+            if written + len(card.encode()) <= most_bytes and not left:
                 cards.append(card)
                 written += len(card.encode())
             else:
