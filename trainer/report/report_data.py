@@ -47,6 +47,8 @@ class RunCard:
     """Last value of every key of metrics.jsonl, such as loss, eval/loss and tokens_per_second."""
     config: Mapping[str, Any]
     """The run's config as nested sections, for the table of differences."""
+    training_load: Matrix = ()
+    """(L, E) share of each expert in the last record of routing.jsonl; empty without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
