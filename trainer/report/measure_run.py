@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -48,9 +49,8 @@ def measure_run(
     loaded, remarks = read_checkpoint(run, config, options, warn), list[str]()
     engine, routed = loaded.engine, route_rows(loaded.engine, loaded.batches, len(loaded.corpus.domains))
     size = model_size(engine.model)
-    card = card_of_run(
-        run,
-        config,
+    card = replace(
+        card_of_run(run, config),
         domains=loaded.corpus.domains,
         step=loaded.step,
         parameters=size.total_parameters,

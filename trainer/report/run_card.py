@@ -1,15 +1,13 @@
 """The card of a run: what was trained and how far, from its folder alone. Imports no torch."""
 
-from typing import Any
-
 from trainer.experiment import ExperimentConfig
 from trainer.report.report_data import Matrix, RunCard
 from trainer.runs.recorded_log import finite, read_log
 from trainer.runs.recorded_run import RecordedRun
 
 
-def card_of_run(run: RecordedRun, config: ExperimentConfig, **measured: Any) -> RunCard:
-    """Return the card of a run; `measured` are fields that only its checkpoint tells: domains, step, parameters."""
+def card_of_run(run: RecordedRun, config: ExperimentConfig) -> RunCard:
+    """Return the card of a run without what only its checkpoint tells: step, parameters, domains."""
     moe, last = config.model.moe, _last_values(run)
     tokens = last.get("tokens")
     return RunCard(
@@ -25,7 +23,10 @@ def card_of_run(run: RecordedRun, config: ExperimentConfig, **measured: Any) -> 
         last=last,
         training_load=_last_load(run),
         config=config.model_dump(mode="json"),
-        **{"domains": (), "step": None, "parameters": None, "active_parameters": None, **measured},
+        step=None,
+        parameters=None,
+        active_parameters=None,
+        domains=(),
     )
 
 
