@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainer.atomic_io import replace_file
 from trainer.checkpoint.run_folder import RunFolder
@@ -16,11 +15,10 @@ from trainer.commands.arguments import Subparsers, add_command, as_path, whole
 from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.errors import ConfigError, ResourceError
 from trainer.experiment import ExperimentConfig
+from trainer.report.measure_options import MeasureOptions
+from trainer.report.report_data import ReportData, report_json
 from trainer.runs.recorded_run import RecordedRun
 from trainer.terminal import print_safe
-
-if TYPE_CHECKING:
-    from trainer.report.report_data import ReportData
 
 
 def add(subparsers: Subparsers) -> None:
@@ -31,9 +29,9 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("runs", nargs="+", type=as_path, metavar="RUN", help=what)
     sub.add_argument("--json", type=as_path, metavar="FILE", help="file for all numbers (standard output)")
     what = "tokens of held-out text to measure, over all domains (65536)"
-    sub.add_argument("--max-tokens", type=whole, default=65536, metavar="N", help=what)
+    sub.add_argument("--max-tokens", type=whole, default=MeasureOptions().max_tokens, metavar="N", help=what)
     what = "checkpoints of a run to compare, evenly spaced (6)"
-    sub.add_argument("--checkpoints", type=whole, default=6, metavar="N", help=what)
+    sub.add_argument("--checkpoints", type=whole, default=MeasureOptions().max_checkpoints, metavar="N", help=what)
     sub.add_argument("--step", type=whole, help="measure the checkpoint of this step instead of the newest")
 
 
@@ -47,9 +45,6 @@ def report_command(options: argparse.Namespace) -> int:
         with _at_home_of(path):
             pass
     found = [_measure(path, options) for path in options.runs]
-
-    from trainer.report.report_data import report_json
-
     text = json.dumps(report_json(found), allow_nan=False)
     if target is None:
         print(text)
@@ -68,10 +63,9 @@ def _at_home_of(path: Path) -> Iterator[tuple[ExperimentConfig, RunFolder]]:
         os.chdir(here)
 
 
-def _measure(path: Path, options: argparse.Namespace) -> "ReportData":
+def _measure(path: Path, options: argparse.Namespace) -> ReportData:
     """Measure a run."""
     from trainer.report.measure_run import measure_run
-    from trainer.report.read_checkpoint import MeasureOptions
 
     how = MeasureOptions(max_tokens=options.max_tokens, max_checkpoints=options.checkpoints, step=options.step)
     with _at_home_of(path) as (config, folder), suggest_prepare(config):

@@ -21,7 +21,8 @@ from trainer.report.measure_checkpoints import compare_checkpoints
 from trainer.report.measure_drops import count_drops, drop_rates
 from trainer.report.measure_experts import compared_outputs, duplicates, weight_similarity
 from trainer.report.measure_layer import as_matrix, coactivation, flow, load_imbalance
-from trainer.report.read_checkpoint import MeasuredRun, MeasureOptions, read_checkpoint
+from trainer.report.measure_options import MeasureOptions
+from trainer.report.read_checkpoint import MeasuredRun, read_checkpoint
 from trainer.report.report_data import LayerFindings, MeasuredText, ReportData
 from trainer.report.routed_text import Routed, route_rows
 from trainer.report.run_card import card_of_run

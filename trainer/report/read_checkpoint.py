@@ -12,22 +12,11 @@ from trainer.data.corpus import Corpus
 from trainer.engine.base import Engine
 from trainer.experiment import ExperimentConfig
 from trainer.report.measure_layer import domain_counts
+from trainer.report.measure_options import MeasureOptions
 from trainer.report.routed_text import Routed, TextRows
 from trainer.runs.recorded_run import RecordedRun
 from trainer.training.load_trained import load_trained
 from trainer.training.run_text import corpus_of_run
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasureOptions:
-    """How much is measured."""
-
-    max_tokens: int = 65536
-    """Positions of held-out text, over all domains."""
-    max_checkpoints: int = 6
-    """Checkpoints that are compared, evenly spaced, the first and the last among them."""
-    step: int | None = None
-    """Checkpoint to measure; None: the newest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,8 +15,9 @@ from trainer.distributed.rank_layout import Layout
 from trainer.evaluation.held_out import evaluate_held_out
 from trainer.experiment import ExperimentConfig
 from trainer.report.measure_drops import count_drops
+from trainer.report.measure_options import MeasureOptions
 from trainer.report.measure_run import measure_run
-from trainer.report.read_checkpoint import MeasureOptions, read_checkpoint
+from trainer.report.read_checkpoint import read_checkpoint
 from trainer.report.report_data import ReportData
 from trainer.runs.recorded_run import RecordedRun
 
