@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from tests.registries import DISPATCHERS, ROUTERS
 from tests.repeated_texts import repeated_texts
+from trainer.data.config import FoldConfig
 from trainer.engine.config import EMAConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
@@ -93,6 +94,7 @@ def draw(number: int, folder: Path) -> Trial:
         try:
             config = ExperimentConfig.model_validate(values)
             config = _with_rates(random.Random(f"rates {number}"), config)
+            config = _with_fold(random.Random(f"fold {number}"), config, text)
             config = _with_average(random.Random(f"average {number}"), config)
             case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
             apply_case(config, case)
@@ -115,6 +117,15 @@ def _packing(drawn: random.Random, text: str) -> str:
     if text == "chats":
         return "bfd"
     return drawn.choice(["wrapped", "bfd"]) if text in _OF_RECORDS else "wrapped"
+
+
+def _with_fold(drawn: random.Random, config: ExperimentConfig, text: str) -> ExperimentConfig:
+    """Return the config with a fold of its documents held out, where it reads many."""
+    if text not in _OF_RECORDS or drawn.random() < 0.5:
+        return config
+    of = drawn.randint(2, 4)
+    fold = FoldConfig(index=drawn.randrange(of), of=of, seed=drawn.randrange(3))
+    return config.model_copy(update={"data": config.data.model_copy(update={"fold": fold})})
 
 
 _FROZEN = [["router"], ["experts"], ["embedding", "head"], ["norms", "attention"], ["*", "!router"], ["blocks.0"]]

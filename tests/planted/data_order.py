@@ -4,6 +4,27 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "the fold of a document depends on what is before it, so that copies are learned and held out",
+        "data/token_cache/fold_files.py",
+        "number = fold_of(text,",
+        "number = fold_of(text + bytes([sum(documents_of) % 256]),",
+        "tests/property/test_every_fold.py",
+    ),
+    in_package(
+        "documents that the split held out are in no fold",
+        "data/token_cache/fold_files.py",
+        "    for side in SIDES:\n        file",
+        "    for side in SIDES[:1]:\n        file",
+        "data/token_cache/test_fold_files.py",
+    ),
+    in_package(
+        "folds of another text are found in the cache",
+        "data/token_cache/fold_files.py",
+        "[[domain.name, *domain.content()] for domain in domains]",
+        "[domain.name for domain in domains]",
+        "data/token_cache/test_fold_files.py",
+    ),
+    in_package(
         "a message with weight 0 is learned",
         "data/chat/encode_chat.py",
         "for i in chosen if i not in without)",

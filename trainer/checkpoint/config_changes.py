@@ -15,7 +15,7 @@ _ORDER_KEYS = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)
 """Keys that determine the order of the rows, besides the text."""
 _SHARE_KEYS = re.compile(r"data\.(mixture\..*|sources\.\d+\.weight)")
 """Those of them that only change which domain comes next."""
-_TEXT_KEYS = re.compile(r"data\.(split\..*|sources\.(?!\d+\.weight$).*)")
+_TEXT_KEYS = re.compile(r"data\.(split\..*|fold(\..*)?|sources\.(?!\d+\.weight$).*)")
 _BATCH_KEY, _FREEZE_KEY, _EMA_KEY = "train.global_batch_size", "train.freeze", "train.ema"
 
 

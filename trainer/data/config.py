@@ -11,6 +11,7 @@ from trainer.data.chat.config import ChatTemplateConfig
 from trainer.data.sources.chat_options import ChatOptions
 from trainer.data.sources.document_options import StreamOptions
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
+from trainer.data.token_cache.folds import FoldConfig
 from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
 
@@ -60,6 +61,11 @@ class DataConfig(Config):
     """Template that writes conversations as text, for sources of chats."""
     split: SplitConfig = SplitConfig()
     """Validation split."""
+    fold: FoldConfig | None = None
+    """Fold of a cross-validation over documents that is held out, instead of what `split` holds out: {index: 0, of: 5}.
+
+    Documents are assigned by a hash of their text, in each domain separately. Null: `split` decides.
+    """
     changed: OnTextChange | None = None
     """Resuming a run whose text has changed since its checkpoint. Null: it is refused.
 
@@ -76,6 +82,11 @@ class DataConfig(Config):
     """Number of processes that tokenise text in parallel; does not affect the result. Null: one for each core."""
 
     @property
+    def cached_split(self) -> SplitConfig:
+        """Split of the token files; folds are copied from one that is the same for all of them."""
+        return self.split if self.fold is None else SplitConfig()
+
+    @property
     def has_chats(self) -> bool:
         """Whether a source holds conversations."""
         return any(isinstance(source, ChatOptions) for source in self.sources)
@@ -90,11 +101,21 @@ class DataConfig(Config):
                     "use packing: bfd",
                 )
                 break
+        if self.fold is not None and self.split.kind == "tail":
+            yield Problem(
+                "fold", "folds part no document, but split.kind: tail does; remove one of them, or use split.kind: auto"
+            )
         streams = [source.kind for source in self.sources if isinstance(source, StreamOptions)]
         if not streams:
             return
         stream = f"but a source is a stream ({streams[0]}), whose"
         if self.split.kind == "tail":
             yield Problem("split.kind", f"tail, {stream} end is never seen; use hash")
+        if self.fold is not None:
+            yield Problem(
+                "fold",
+                f"holds out documents of the whole text, {stream} end is never seen; ingest it ({streams[0]} without "
+                "_stream), or remove fold",
+            )
         if self.mixture.by == "tokens":
             yield Problem("mixture.by", f"tokens, {stream} tokens are not known; use weight")

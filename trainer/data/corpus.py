@@ -19,6 +19,7 @@ from trainer.data.token_cache.build_cache import IngestProgress, build_sources
 from trainer.data.token_cache.cache_folder import cache_error
 from trainer.data.token_cache.checksums import DamagedCache
 from trainer.data.token_cache.domain_files import open_side
+from trainer.data.token_cache.fold_files import fold_files
 from trainer.data.token_cache.signed_json import hash_of
 from trainer.data.token_cache.skipped import SourceSkips
 from trainer.data.token_cache.source_cache import CachedSource, SourceManifest
@@ -161,7 +162,7 @@ def _locate(config: DataConfig, index: int, tokenizer: Tokenizer, chat: ChatSett
     return CachedSource.locate(
         config.sources[index],
         index,
-        split=config.split,
+        split=config.cached_split,
         cache_dir=config.cache_dir,
         tokenizer=tokenizer,
         chat=chat,
@@ -174,7 +175,7 @@ def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenize
         for index, source in enumerate(config.sources)
         if isinstance(source, StreamOptions)
     ]
-    opened = [domain for source, manifest in ingested for domain in _open_domains(source, manifest)]
+    opened = [domain for source, manifest in ingested for domain in _open_domains(config, source, manifest)]
     domains = sorted([*opened, *streams], key=lambda domain: domain.source)
     first: dict[str, int] = {}
     for domain in domains:
@@ -198,7 +199,7 @@ def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenize
         streams=tuple(domain.stream for domain in domains),
         folders=tuple(domain.folder for domain in domains),
         tokenizer=tokenizer,
-        remarks=tuple(_remarks(ingested)),
+        remarks=tuple(_remarks(config, ingested)),
         skipped=tuple(one for one in sorted(skipped, key=lambda one: one.source) if one.records.count),
         # The split is part of it as the content of the two sides; paths and times are not.
         fingerprint=hash_of(
@@ -207,11 +208,11 @@ def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenize
     )
 
 
-def _remarks(ingested: Sequence[_Ingested]) -> Iterator[str]:
+def _remarks(config: DataConfig, ingested: Sequence[_Ingested]) -> Iterator[str]:
     for source, manifest in ingested:
         yield from (f"data.sources.{source.index}: {line}" for line in source.source.folder_notes())
         for domain in manifest.domains:
-            if domain.is_resplit:
+            if domain.is_resplit and config.fold is None:
                 yield (
                     f"data.split: the hash at fraction {source.split.fraction} leaves one side of domain {domain.name} "
                     f"empty; moved the text with the nearest hash there: {domain.train.num_documents} documents are "
@@ -219,11 +220,14 @@ def _remarks(ingested: Sequence[_Ingested]) -> Iterator[str]:
                 )
 
 
-def _open_domains(source: CachedSource, manifest: SourceManifest) -> Iterator[_Domain]:
-    for domain in manifest.domains:
-        train = open_side(source.folder, domain, "train", vocab_size=manifest.vocab_size)
-        validation = open_side(source.folder, domain, "validation", vocab_size=manifest.vocab_size)
-        yield _Domain(source.index, domain.name, source.folder, train, validation, domain.content())
+def _open_domains(config: DataConfig, source: CachedSource, manifest: SourceManifest) -> Iterator[_Domain]:
+    folder, domains = source.folder, manifest.domains
+    if config.fold is not None:
+        folder, domains = fold_files(folder, domains, fold=config.fold, tokenizer=source.tokenizer)
+    for domain in domains:
+        train = open_side(folder, domain, "train", vocab_size=manifest.vocab_size)
+        validation = open_side(folder, domain, "validation", vocab_size=manifest.vocab_size)
+        yield _Domain(source.index, domain.name, folder, train, validation, domain.content())
 
 
 def _open_stream(config: DataConfig, source: StreamOptions, cached: CachedSource) -> _Domain:

@@ -24,9 +24,10 @@ def resume_text(run: RunState, checkpoint: CheckpointHandle) -> bool:
         return False
     if how is None:
         raise DataError(
-            f"{checkpoint.path}: was trained on other text than data.sources and data.split give now (fingerprint "
-            f"{abridged(before)}, now {abridged(now)}); restore the files, or set data.changed: continue (each domain "
-            "goes on where it was) or restart (the new text from its beginning), or start a new run with name=..."
+            f"{checkpoint.path}: was trained on other text than data.sources, data.split and data.fold give now "
+            f"(fingerprint {abridged(before)}, now {abridged(now)}); restore the files, or set data.changed: "
+            "continue (each domain goes on where it was) or restart (the new text from its beginning), or start a new "
+            "run with name=..."
         )
     contents = dict(zip(run.corpus.domains, run.corpus.contents, strict=True))
     named = zip(run.corpus.domains, run.corpus.streams, strict=True)
