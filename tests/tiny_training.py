@@ -42,6 +42,13 @@ def config_of(folder: Path, *overrides: str) -> ExperimentConfig:
     return load(folder / "tiny.yaml", [*places, *overrides], ExperimentConfig)
 
 
+def config_of_text(folder: Path, *overrides: str) -> ExperimentConfig:
+    """Return the config of a run on a short text of its own, which is read much sooner."""
+    lines = (f"{number} times {number % 7} is {number * (number % 7)}\n\n" for number in range(400))
+    (folder / "text.txt").write_text("".join(lines))
+    return config_of(folder, f"data.sources=[{{kind: text, domain: sums, path: {folder}/text.txt}}]", *overrides)
+
+
 def train_here(config: ExperimentConfig, mesh: Mesh | None = None) -> str:
     """Train, or resume, a run to its end on this rank; return what was on its screen."""
     folder, screen = RunFolder(Path(config.runs_dir) / config.name), io.StringIO()

@@ -16,6 +16,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import RunOptions
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.evaluation.config import EvalConfig
+from trainer.evaluation.metric_names import unknown_metric
 from trainer.families.config import ExportConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
@@ -85,6 +86,7 @@ class ExperimentConfig(Config):
         ]
         if self.train.ema is not None and "ema" in [*domains, *(task.name for task in self.eval.tasks)]:
             yield Problem("train.ema", "a domain or task is named ema, whose results eval/ema/... are; rename it")
+        yield from self._metric_problems(domains)
         for domain in repeated(domains):
             yield Problem("data.sources", f"two sources have domain {domain}; give each its own `domain`")
         yield from self._vocabulary_problems()
@@ -104,6 +106,12 @@ class ExperimentConfig(Config):
         if isinstance(recompute, RecomputeEveryConfig) and recompute.every > layers:
             given = f"{recompute.every} is more than the {layers} layers, so nothing is computed again"
             yield Problem("parallel.recompute.every", f"{given}; use at most {layers}, or recompute: none")
+
+    def _metric_problems(self, domains: Sequence[str]) -> Iterator[Problem]:
+        """Check that evaluations have the metrics by which something is decided."""
+        best, has_average = self.checkpoint.best_metric, self.train.ema is not None
+        if best is not None and (no := unknown_metric(best.metric, self.eval, domains, has_average=has_average)):
+            yield Problem("checkpoint.best", no)
 
     def _vocabulary_problems(self) -> Iterator[Problem]:
         """Check that the embedding has a row for each id, where these are known without reading a file."""

@@ -4,6 +4,27 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "the best checkpoint is pruned",
+        "checkpoint/checkpoint_folder.py",
+        "elif step != kept and (",
+        "elif (",
+        "training/test_best_so_far.py::test_the_best_checkpoint_is_saved_kept_and_named",
+    ),
+    in_package(
+        "the best evaluation is saved only if a save is due",
+        "training/loop.py",
+        "if is_saved or is_best or",
+        "if is_saved or",
+        "training/test_best_so_far.py::test_the_best_checkpoint_is_saved_kept_and_named",
+    ),
+    in_package(
+        "a resumed run forgets its best evaluation",
+        "training/resume.py",
+        "    run.best.restore(checkpoint.run)\n",
+        "",
+        "training/test_best_so_far.py::test_a_kill_between_evaluation_and_save_changes_nothing",
+    ),
+    in_package(
         "any moments may be missing",
         "checkpoint/compatible.py",
         "if name not in lacks and weight_of(name) in frozen}",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer import fault_injection
 from trainer.atomic_io import sync_folder
+from trainer.checkpoint.best import BestCheckpoint
 from trainer.checkpoint.file_integrity import check_file
 from trainer.checkpoint.manifest import Manifest, UnsupportedFormat
 from trainer.checkpoint.manifest_file import read_manifest
@@ -189,14 +190,23 @@ class CheckpointFolder:
         """Return the newest intact checkpoint; None if there is none."""
         return next((self.of_step(step) for step in reversed(self.steps()) if self.is_intact(step)), None)
 
+    def best(self, newest: int | None = None) -> BestCheckpoint | None:
+        """Return the best checkpoint by the record of `newest`, or of the newest one that can be read."""
+        for step in [newest] if newest is not None else reversed(self.steps()):
+            with suppress(CheckpointError, ResourceError):
+                return BestCheckpoint.of(self.manifest(step).run)
+        return None
+
     def outdated(self, *, newest: int) -> list[int]:
         """Return the steps to remove once `newest` is saved.
 
-        An earlier checkpoint goes if `keep` intact ones are newer and it is not kept by `keep_every`. A later one, left
+        An earlier checkpoint goes if `keep` intact ones are newer and neither `keep_every` keeps it nor `newest`, in
+        whose record it is the best. A later one, left
         by a run that then resumed from an earlier step, goes only if it is damaged. If intact, it stays without
         counting towards `keep`: it would push out the checkpoints that this run descends from.
         """
-        steps = self.steps()
+        steps, best = self.steps(), self.best(newest)
+        kept = None if best is None else best.step
         earlier = [step for step in steps if step <= newest]
         to_remove = []
         for step in (step for step in steps if step > newest):
@@ -209,7 +219,7 @@ class CheckpointFolder:
         for step in reversed(earlier):
             if num_intact < self.keep:
                 num_intact += self.is_intact(step)
-            elif self.keep_every is None or step % self.keep_every:
+            elif step != kept and (self.keep_every is None or step % self.keep_every):
                 to_remove.append(step)
         return sorted(to_remove)
 

@@ -1,11 +1,33 @@
 """The `checkpoint` section: when to save, and which checkpoints to keep. Imports no torch."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
 
-from trainer.config.base import Config
+from trainer.config.base import Config, Problem
+from trainer.config.metric_direction import Direction, MetricKey, direction_of, direction_problem
 from trainer.config.numbers import MAX_INT, Count, Seconds
+
+
+class BestConfig(Config):
+    """Number of the evaluations by which checkpoints are compared."""
+
+    metric: MetricKey
+    """Its key in metrics.jsonl: eval/loss, eval/ema/loss, eval/DOMAIN/loss, eval/TASK/acc."""
+    mode: Direction | None = None
+    """Whether the least or the greatest value is the best. Null: by its name; losses the least, accuracies the
+    greatest."""
+
+    @property
+    def direction(self) -> Direction:
+        """The mode, or the one that goes with the metric's name."""
+        return self.mode or direction_of(self.metric) or "min"
+
+    def problems(self) -> Iterator[Problem]:
+        """Require a mode where the name does not tell it."""
+        if (wrong := direction_problem(self.metric, self.mode)) is not None:
+            yield Problem("mode", wrong)
 
 
 class CheckpointConfig(Config):
@@ -17,7 +39,21 @@ class CheckpointConfig(Config):
     """Number of newest intact checkpoints to keep: at least two, in case one is damaged."""
     keep_every: Count | None = None
     """Keep checkpoints of steps that are a multiple of this forever. Null: none."""
+    best: MetricKey | BestConfig | None = None
+    """Also save after each evaluation that is the best so far, and keep that checkpoint: a metric such as eval/loss, or
+    {metric, mode}. `--step best` reads it. Null: none."""
     retry_s: Seconds = 600.0
     """How long to retry the final save after a disk error, in seconds."""
     asynchronous: bool = True
     """Write in the background, from a copy of the state in memory. False: training waits, and no copy is made."""
+
+    @property
+    def best_metric(self) -> BestConfig | None:
+        """What `best` compares; None: nothing."""
+        return BestConfig(metric=self.best) if isinstance(self.best, str) else self.best
+
+    def problems(self) -> Iterator[Problem]:
+        """Require a known direction of a metric that is named alone."""
+        if isinstance(self.best, str) and direction_problem(self.best, None) is not None:
+            remedy = f"give {{metric: {self.best}, mode: min}} or max"
+            yield Problem("best", f"whether less or more of {self.best} is better is not known; {remedy}")

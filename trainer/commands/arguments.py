@@ -19,6 +19,8 @@ Subparsers = argparse._SubParsersAction
 """Where a command is added: to the command line, or to a command with subcommands."""
 
 RUN = "run folder or experiment file"
+BEST = "best"
+"""In place of a step: that of the best checkpoint."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +49,11 @@ def whole(text: str, least: int = 1) -> int:
     if int(text) > MAX_INT:
         raise argparse.ArgumentTypeError(f"must be below 2^63, got {shown(text)}")
     return int(text)
+
+
+def step_or_best(text: str) -> int | str:
+    """Parse the step of a checkpoint, or `best`, which `resolve` replaces by its step."""
+    return text if text == BEST else whole(text, least=0)
 
 
 def seed(text: str) -> int:
@@ -104,5 +111,6 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 def add_step(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the choice of a checkpoint to a command's options."""
-    parser.add_argument("--step", type=int, help="use the checkpoint of this step instead of the newest")
+    what = "use the checkpoint of this step instead of the newest, or best: that of checkpoint.best"
+    parser.add_argument("--step", type=step_or_best, metavar="N", help=what)
     return parser

@@ -8,6 +8,7 @@ from typing import Final
 
 from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands.arguments import step_or_best
 from trainer.commands.resolve import check_run_folder, existing_run
 from trainer.config.check_packages import check_packages
 from trainer.config.dump import dump
@@ -25,7 +26,8 @@ def add_branch(parser: argparse.ArgumentParser) -> None:
     """Add the options to a command."""
     what = "start a new run of this name, beside RUN, from a checkpoint of RUN"
     parser.add_argument("--branch", metavar="NAME", help=what)
-    parser.add_argument("--step", type=int, metavar="N", help="with --branch: the step of the checkpoint (the newest)")
+    what = "with --branch: the step of the checkpoint, or best (the newest)"
+    parser.add_argument("--step", type=step_or_best, metavar="N", help=what)
 
 
 def check_branch(options: argparse.Namespace) -> None:

@@ -63,8 +63,8 @@ def list_command(options: argparse.Namespace) -> int:
     good = "intact" if options.full else "complete"
     for entry in entries:
         size = "-" if entry.size_bytes is None else _megabytes(entry.size_bytes)
-        name = folder.of_step(entry.step).name
-        print_safe(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or good}")
+        name, best = folder.of_step(entry.step).name, f", the best {entry.best}" if entry.best else ""
+        print_safe(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or good}{best}")
     return 0
 
 

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.config_changes import check_belongs
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands.arguments import BEST
 from trainer.commands.shipped import check_name
 from trainer.config.check_packages import check_packages
 from trainer.config.dump import Change, changed_keys
@@ -69,13 +71,16 @@ def check_run_folder(folder: RunFolder, config: ExperimentConfig) -> list[str]:
 def named_run_folder(options: argparse.Namespace) -> RunFolder:
     """Return a run folder named by its path or by a config file."""
     if not options.config.is_dir():
-        return run_folder_of(load_named_config(options))
-    _refuse_inside_run(options)
-    if options.overrides:
-        raise ConfigError(
-            f"{options.config}: is a folder, and overrides need a config file; name one, or remove the overrides"
-        )
-    return RunFolder(options.config)
+        folder = run_folder_of(load_named_config(options))
+    else:
+        _refuse_inside_run(options)
+        if options.overrides:
+            raise ConfigError(
+                f"{options.config}: is a folder, and overrides need a config file; name one, or remove the overrides"
+            )
+        folder = RunFolder(options.config)
+    resolve_best(options, folder)
+    return folder
 
 
 def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
@@ -123,7 +128,21 @@ def existing_run(
         config = load_named_config(options)
         folder = run_folder_of(config)
     check_run_folder(folder, config)
+    resolve_best(options, folder)
     return config, folder
+
+
+def resolve_best(options: argparse.Namespace, folder: RunFolder) -> None:
+    """Replace `--step best` by the step of the run's best checkpoint."""
+    if getattr(options, "step", None) != BEST:
+        return
+    best = CheckpointFolder(folder.checkpoints).best()
+    if best is None:
+        raise CheckpointError(
+            f"--step best: no checkpoint of {folder.path} says which one is the best; name a step, or train with "
+            "checkpoint.best=eval/loss"
+        )
+    options.step = best.step
 
 
 def _refuse_inside_run(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 
 from trainer.commands.arguments import Subparsers, add_command, add_config, add_step, fraction
-from trainer.commands.resolve import load_named_config, run_to_read, suggest_prepare
+from trainer.commands.resolve import load_named_config, resolve_best, run_to_read, suggest_prepare
 from trainer.commands.shipped import as_config
 from trainer.config.check_packages import check_packages
 from trainer.convert.upcycle_plan import UpcycleOptions, plan_upcycle
@@ -33,6 +33,7 @@ def upcycle_command(options: argparse.Namespace) -> int:
     """Start a run of a mixture of experts whose experts are copies, or slices, of a trained dense run's layers."""
     config = load_named_config(options)
     dense, folder = run_to_read(options.dense)
+    resolve_best(options, folder)
     check_packages(config)
     how = UpcycleOptions(
         noise=options.noise,

@@ -27,7 +27,7 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         DivergedError: if replicas differ.
         ResourceError: if the last checkpoint could not be saved.
     """
-    config, recorder = run.config, run.mesh.world.recorder
+    config, recorder, keeps_best = run.config, run.mesh.world.recorder, run.best.config is not None
     pace = ThroughputMeter(recorder.step_timer)
     evaluation = None
     with memory.hint(
@@ -42,7 +42,7 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         recorder.enter("agreeing on a stop")
         is_logged = every(config.metrics.log_every, done) or is_last or done == run.start_step + 1
         is_saved = every(config.checkpoint.every, done) or is_last
-        stopped_by, is_folder_lost = _agree(run, stop, checks_folder=is_logged or is_saved)
+        stopped_by, is_folder_lost = _agree(run, stop, checks_folder=is_logged or is_saved or keeps_best)
         if is_folder_lost:  # its state is still in memory and is saved next; another run may have taken the folder
             with raise_together(run.mesh.world):
                 if run.mesh.layout.rank == 0:
@@ -58,8 +58,10 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         if every(config.parallel.check_copies_every, done):
             anomalies.check_replicas(run, done)
         # Before saving: a run that resumes from the checkpoint finds its evaluation in metrics.jsonl.
-        evaluation = _evaluate_if_due(run, done, status) or evaluation
-        if is_saved or stopped_by or is_folder_lost:
+        evaluated = _evaluate_if_due(run, done, status)
+        evaluation = evaluated or evaluation
+        is_best = evaluated is not None and run.best.note(done, _numbers(run, evaluated))
+        if is_saved or is_best or stopped_by or is_folder_lost:
             if run.recorder is not None:  # a run that resumes here goes on after what is recorded
                 recorder.enter("writing the routing record")
                 run.recorder.flush()
@@ -151,6 +153,11 @@ def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport
         evaluation = evaluate_run(run.config, run.engine, run.corpus, tasks, run.mesh, with_held_out=with_held_out)
     log_evaluation(run, done, evaluation)
     return evaluation
+
+
+def _numbers(run: RunState, evaluation: EvalReport) -> dict[str, float]:
+    """Return the numbers of an evaluation as rank 0 has them, so that every rank decides alike. Collective."""
+    return run.mesh.world.broadcast_object(evaluation.record())
 
 
 def _routing_gap(run: RunState) -> RoutingGap | None:

@@ -38,6 +38,7 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     run.tokens = int(checkpoint.run["tokens"])
     run.optimizer_steps_taken_over = int(checkpoint.run.get("optimizer_steps_taken_over", 0))
     is_other_text = resume_text(run, checkpoint)
+    run.best.restore(checkpoint.run)
     run.skipped_steps = int(checkpoint.run["skipped_steps"])
     run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
     run.spikes.restore({} if is_other_text else checkpoint.run.get("spikes", {}))  # losses of the old text
@@ -46,6 +47,18 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     before, layout = recorded_layout(checkpoint.manifest), run.layout_record()
     changes = [f"{k} {before[k]} -> {v}" for k, v in layout.items() if k in before and before[k] != v]
     run.console.message(f"resuming from {checkpoint.path}" + (f" ({', '.join(changes)})" if changes else ""))
+
+
+def check_best(run: RunState) -> None:
+    """Forget the best checkpoint if it is not in the run folder: someone removed it, or this is a branch. Collective.
+
+    So a value from before never stands in the way of keeping a checkpoint.
+    """
+    best = run.best.found
+    if best is None or run.mesh.world.broadcast_object(run.saver.folder.of_step(best.step).is_dir()):
+        return
+    run.best.found = None
+    run.console.message(f"the best checkpoint so far, of step {best.step}, is not in this folder: the next is the best")
 
 
 def load_state(

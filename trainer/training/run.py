@@ -25,6 +25,7 @@ from trainer.models.flops import ModelSize
 from trainer.parallel.canary import CanaryReport
 from trainer.routing_record.replayed_rows import ReplayedRows
 from trainer.trackers.base import JsonlTracker, Trackers
+from trainer.training.best_so_far import BestSoFar
 from trainer.training.routing_recorder import RoutingRecorder
 from trainer.training.spikes import SpikeWindow
 
@@ -51,6 +52,7 @@ class RunState:
     size: ModelSize
     spikes: SpikeWindow
     ahead: CopyAhead
+    best: BestSoFar
     recorder: RoutingRecorder | None = None
     """Records the experts of this run's steps; None: no record."""
     replayed: ReplayedRows | None = None
@@ -98,6 +100,7 @@ class RunState:
             "layout": self.layout_record(),
             "versions": {"turnout": turnout_version(), "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),
+            **self.best.record(),
         }
 
     def parent_record(self) -> dict[str, Any] | None:

@@ -54,8 +54,12 @@ def report_save(run: RunState, saved: Saved | None) -> None:
     if saved is None:
         return
     if saved.error is not None:
+        run.best.note_lost(saved.step)
         run.console.warning(f"{saved.error}; earlier checkpoints are intact")
         return
     stalled = f"{saved.stalled_s * 1e3:.0f} ms" if saved.stalled_s < 1 else f"{saved.stalled_s:.1f} s"
     note = f"{saved.size_bytes / 1e6:.0f} MB in {saved.behind_s:.1f} s, of which training waited {stalled}"
+    best = run.best.found
+    if best is not None and best.step == saved.step:
+        note += f", the best {best.metric} so far"
     run.console.checkpoint(saved.path, saved.step, note=note)

@@ -55,6 +55,14 @@ def header(run: RunState) -> list[Line]:
     return [*lines, ("folder", str(run.folder.path))]
 
 
+def _best_checkpoint(run: RunState) -> list[tuple[str, str]]:
+    """Return the best checkpoint with its metric, if one is kept."""
+    best = run.best.found
+    if best is None:
+        return []
+    return [("the best", f"{run.saver.folder.of_step(best.step)}, {best.metric} {formatting.number(best.value)}")]
+
+
 def _next_command(run: RunState) -> tuple[str, str]:
     """Return what to do with the model, and the command that does it."""
     if run.config.data.has_chats:
@@ -86,6 +94,7 @@ def final_summary(run: RunState, evaluation: EvalReport, sample: Sample, *, elap
         written=[
             ("run folder", str(run.folder.path)),
             ("checkpoint", str(run.saver.folder.of_step(steps))),
+            *_best_checkpoint(run),
             *run.trackers.written(),
             *((label, str(path)) for label, path in optional if path.is_dir()),
             _next_command(run),

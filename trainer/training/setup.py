@@ -40,9 +40,10 @@ from trainer.routing_record.replayed_rows import ReplayedRows
 from trainer.routing_record.sequence_rows import RecordedSequences
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training import memory
+from trainer.training.best_so_far import BestSoFar
 from trainer.training.first_weights import FirstWeights, save_first_weights
 from trainer.training.model import build_parallel_model, check_kernel, meta_model, numerics, resolve_kernel
-from trainer.training.resume import resume
+from trainer.training.resume import check_best, resume
 from trainer.training.routing_recorder import RoutingRecorder, open_replay
 from trainer.training.run import RunState
 from trainer.training.run_template import MIXED_CONVERSATIONS, save_template
@@ -191,6 +192,7 @@ def build_model_and_engine(
         profiler=Profiler(config.profile, folder.profile, mesh, device, say=console.message, warn=console.warning),
         size=size,
         spikes=SpikeWindow(sigmas=spikes.sigmas, size=spikes.window, patience=config.train.max_consecutive_skips),
+        best=BestSoFar(config.checkpoint.best_metric),
         ahead=CopyAhead.to_device(device),
         recorder=RoutingRecorder.of(config, folder, corpus, mesh),
         replayed=replay if isinstance(replay, ReplayedRows) else None,
@@ -212,6 +214,7 @@ def resume_newest(run: RunState, first_weights: FirstWeights | None = None) -> C
     if checkpoint is not None:
         with raise_together(world), memory.hint(run.config, "reading a checkpoint"):
             resume(run, checkpoint)
+        check_best(run)
     return checkpoint
 
 

@@ -298,7 +298,7 @@ def test_a_counterpart_comes_before_a_similar_key(override: str, message: str) -
         "parallel.experts_norm=4",
         "trainer_mode=true",
         "evals=3",
-        "metric=true",
+        "metrix=true",
     ],
 )
 def test_keys_of_another_type_or_meaning_are_not_suggested(override: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_training import config_of, final_files, kill_after, losses, train_here
+from tests.tiny_training import config_of, config_of_text, final_files, kill_after, losses, train_here
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import ConfigError
 from trainer.training.evaluate_run import evaluate_checkpoint
@@ -15,7 +15,7 @@ EMA = ["train.ema.decay=0.5", "eval.every=4"]
 
 
 def test_a_run_evaluates_its_average_too_and_resumes_with_it(tmp_path: Path) -> None:
-    config, run = config_of(tmp_path, *EMA), tmp_path / "runs/tiny"
+    config, run = config_of_text(tmp_path, *EMA), tmp_path / "runs/tiny"
     screen = train_here(config)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = [record for record in records if "eval/loss" in record]
@@ -33,10 +33,10 @@ def test_a_run_evaluates_its_average_too_and_resumes_with_it(tmp_path: Path) -> 
 
 
 def test_without_evaluations_of_the_average_a_run_learns_the_same(tmp_path: Path) -> None:
-    train_here(config_of(tmp_path, *EMA))
-    train_here(config_of(tmp_path, "name=plain"))
+    train_here(config_of_text(tmp_path, *EMA))
+    train_here(config_of_text(tmp_path, "name=plain"))
     assert losses(tmp_path / "runs/tiny") == losses(tmp_path / "runs/plain")
-    config = config_of(tmp_path, *EMA, "name=later", "init_from.run=" + str(tmp_path / "runs/plain"))
+    config = config_of_text(tmp_path, *EMA, "name=later", "init_from.run=" + str(tmp_path / "runs/plain"))
     train_here(config)  # a first checkpoint without averages
     manifest = json.loads((tmp_path / "runs/later/checkpoints/step_00000012/manifest.json").read_text())
     assert "ema.head.weight" in manifest["tensors"]

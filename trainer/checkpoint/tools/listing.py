@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
@@ -25,6 +25,8 @@ class ListedCheckpoint:
     """Modification time of the manifest, else of the folder: seconds since 1970, by the clock of the writer."""
     layout: dict[str, int | str]
     wrong: str | None
+    best: str | None = None
+    """Metric by which it is the best of the run."""
 
     @property
     def written(self) -> str:
@@ -48,6 +50,7 @@ class ListedCheckpoint:
             "written": self.written,
             "layout": self.layout,
             "wrong": self.wrong,
+            "best": self.best,
         }
 
 
@@ -56,9 +59,11 @@ def list_checkpoints(folder: CheckpointFolder, *, with_content: bool) -> Iterato
 
     With `with_content` hashes are verified and all values must be finite; otherwise only sizes are compared.
     """
+    best = folder.best()
     for step in folder.steps():
         with suppress(FileNotFoundError):
-            yield _listed(folder, step, with_content=with_content)
+            listed = _listed(folder, step, with_content=with_content)
+            yield replace(listed, best=best.metric) if best is not None and best.step == step else listed
 
 
 def _listed(folder: CheckpointFolder, step: int, *, with_content: bool) -> ListedCheckpoint:
