@@ -25,6 +25,7 @@ from trainer.commands import (
     surgery,
     sweep,
     sync,
+    trace,
     train,
     upcycle,
 )
@@ -181,6 +182,7 @@ def command_line() -> Parser:
         surgery,
         checkpoint,
         routing_records,
+        trace,
         config,
         check_plugin,
         sync,

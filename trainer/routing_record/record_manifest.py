@@ -23,6 +23,7 @@ from trainer.config.numbers import Experts, ExtraExperts, Length, Whole
 from trainer.data.token_cache.signed_json import hash_of
 from trainer.errors import DataError
 from trainer.models.config import ModelConfig
+from trainer.routing_record.trace_facts import TraceFacts
 
 RECORD_FORMAT = 1
 RECORD_MANIFEST = "manifest.json"
@@ -101,6 +102,8 @@ class RecordFacts(Config):
     """Of training rows only."""
     domains: list[str] = Field(default=[])
     """Names that `domain` counts."""
+    trace: TraceFacts | None = None
+    """Of traces only (docs/traces.md)."""
 
 
 class RecordManifest(RecordFacts):
@@ -116,11 +119,17 @@ class RecordManifest(RecordFacts):
             yield Problem("model.moe_layers", f"{layer} is there twice")
         if self.model.top_k > self.model.num_choices:
             yield Problem("model.top_k", f"{self.model.top_k} of {self.model.num_choices} experts")
+        if self.trace is not None and self.trace.num_ranked:
+            if not self.model.top_k <= self.trace.num_ranked <= self.model.num_choices:
+                yield Problem("trace.num_ranked", f"{self.trace.num_ranked} is not from top_k to the number of experts")
+            if self.trace.largest_top_k > self.trace.num_ranked:
+                yield Problem("trace.largest_top_k", f"{self.trace.largest_top_k} is above trace.num_ranked")
 
 
 def write_record_manifest(folder: Path, manifest: RecordManifest) -> None:
     """Write a record's manifest, once all files are on the disk."""
-    values = manifest.model_dump(mode="json")
+    exclude = {"trace"} if manifest.trace is None else None  # a plain record is as older versions wrote it
+    values = manifest.model_dump(mode="json", exclude=exclude)
     replace_file(folder / RECORD_MANIFEST, json.dumps({**values, _HASH: hash_of(values)}, indent=1))
 
 

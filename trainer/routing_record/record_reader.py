@@ -19,8 +19,9 @@ from trainer.errors import CheckpointError, DataError
 from trainer.routing_record.expert_ids import repeated_expert, unknown_expert
 from trainer.routing_record.record_manifest import TENSORS, read_record_manifest
 from trainer.routing_record.record_writer import RoutedSequence, expert_dtype
+from trainer.routing_record.trace_facts import trace_tensors
 
-_NAMES = {"u1": "U8", "u2": "U16", "u4": "U32", "i8": "I64", "b1": "BOOL"}
+_NAMES = {"u1": "U8", "u2": "U16", "u4": "U32", "i8": "I64", "b1": "BOOL", "f4": "F32", "f8": "F64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,6 +45,9 @@ class RoutingRecord:
             DataError: naming the place, if the record is incomplete, damaged or of another form.
         """
         self.folder, self.manifest = folder, read_record_manifest(folder)
+        trace, model = self.manifest.trace, self.manifest.model
+        sizes = {"num_layers": len(model.moe_layers), "top_k": model.top_k}
+        self._further = {} if trace is None else trace_tensors(trace, **sizes)
         self._names, self._files, parts = sorted(self.manifest.files), list[Any](), list[_Index]()
         for number, name in enumerate(self._names):
             self._files.append(self._opened(name, verify))
@@ -81,14 +85,22 @@ class RoutingRecord:
             self._refuse(number, f"token {at}: id {tokens[at]}, and ids are below {self.manifest.vocab_size}")
         if (experts[-1] == np.iinfo(experts.dtype).max).all():
             experts = experts[:-1]
-        if wrong := unknown_expert(experts, self.manifest.model) or repeated_expert(experts, self.manifest.model):
+        traced = {name: file.get_slice(name)[here] for name in self._further}
+        listed = np.concatenate([experts, traced["further_experts"]], -1) if "further_experts" in traced else experts
+        if wrong := unknown_expert(listed, self.manifest.model) or repeated_expert(listed, self.manifest.model):
             self._refuse(number, wrong)
+        for name in {"scores", "combine_weights"} & traced.keys():
+            if (bad := np.argwhere(~np.isfinite(traced[name]))).size:
+                token, layer, slot = bad[0].tolist()
+                where = f"token {token}, layer {self.manifest.model.moe_layers[layer]}"
+                self._refuse(number, f"{where}: {name} {traced[name][token, layer, slot]}")
         return RoutedSequence(
             tokens=tokens,
             experts=experts,
             is_learned=file.get_slice("is_learned")[here],
             sample_id=int(index.sample_id[number]),
             domain=int(index.domain[number]),
+            traced=traced,
         )
 
     def _refuse(self, number: int, what: str) -> NoReturn:
@@ -112,10 +124,12 @@ class RoutingRecord:
             "sample_id": ([m], np.dtype("<i8")),
             "domain": ([m], np.dtype("<i8")),
         }
-        there = set(file.keys())
-        for tensor in TENSORS:
+        for tensor, (shape, dtype) in self._further.items():
+            expected[tensor] = ([n, *shape], expert_dtype(model.num_choices) if dtype == "experts" else np.dtype(dtype))
+        there, names = set(file.keys()), (*TENSORS, *self._further)
+        for tensor in names:
             if tensor not in there:
-                raise DataError(f"{shown_path(path)}: has no {tensor}; a routing record has {', '.join(TENSORS)}")
+                raise DataError(f"{shown_path(path)}: has no {tensor}; a routing record has {', '.join(names)}")
             part, (shape, dtype) = file.get_slice(tensor), expected[tensor]
             found, wanted = (part.get_shape(), part.get_dtype()), (shape, _NAMES[dtype.str[1:]])
             if found != wanted:

@@ -5,7 +5,8 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ class RoutedSequence:
     sample_id: int
     """Number of the row, or of the sequence."""
     domain: int = 0
+    traced: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    """(n, ...) what a trace has beside the experts, by name."""
 
 
 def expert_dtype(num_choices: int) -> np.dtype[np.unsignedinteger]:
@@ -68,7 +71,9 @@ class RecordWriter:
         shape = (len(self._model.moe_layers), self._model.top_k)
         assert n and experts.shape[1:] == shape and n - len(experts) in (0, 1), f"{experts.shape} for {n} tokens"
         self._sequences.append(sequence)
+        assert all(len(part) == n for part in sequence.traced.values()), "a trace has values of every token"
         self._buffered_bytes += sequence.tokens.nbytes + experts.nbytes
+        self._buffered_bytes += sum(part.nbytes for part in sequence.traced.values())
         if self._buffered_bytes > _MAX_BUFFERED_BYTES:
             self.flush()
 
@@ -103,8 +108,12 @@ class RecordWriter:
         for start, sequence in zip(starts, self._sequences, strict=False):
             experts[start : start + len(sequence.experts)] = sequence.experts
         learned = [np.ones(len(s.tokens), bool) if s.is_learned is None else s.is_learned for s in self._sequences]
+        traced = {name: np.concatenate([s.traced[name] for s in self._sequences]) for name in self._sequences[0].traced}
+        if "further_experts" in traced:
+            traced["further_experts"] = traced["further_experts"].astype(self._expert_dtype)
         content = save(
             {
+                **traced,
                 "token_ids": np.concatenate([s.tokens for s in self._sequences]).astype(self._token_dtype),
                 "expert_ids": experts,
                 "is_learned": np.concatenate(learned),
