@@ -15,7 +15,7 @@ MOST_BANDED: Final = 16
 """Experts of a layer that are told apart as bands; more are drawn as heat maps."""
 STRONG: Final = 1.5
 """Times what independent layers would give, from which on a band has its expert's colour."""
-_HEIGHT, _TOP, _GAP, _NODE, _STEP = 300.0, 26.0, 4.0, 12.0, 150.0
+_HEIGHT, _TOP, _GAP, _NODE, _STEP = 300.0, 26.0, 4.0, 20.0, 150.0
 
 
 def flow_chart(flows: Sequence[LayerFlow]) -> str:
@@ -79,8 +79,7 @@ def _nodes(flows: Sequence[LayerFlow], index: int, layer: int) -> Iterator[str]:
         box = f'x="{x:g}" y="{y:.1f}" width="{_NODE:g}" height="{max(0.5, height):.1f}"'
         yield f'<rect class="f{expert % 9}" {box}><title>{tip}</title></rect>'
         if height >= 9:
-            outside = x - 5 if index == 0 else x + _NODE + 4
-            yield text(outside, round(y + height / 2 + 4, 1), str(expert), "end" if index == 0 else "")
+            yield text(x + _NODE / 2, round(y + height / 2 + 4, 1), str(expert), "inside mid")
 
 
 def _bands(flow: LayerFlow, x: float) -> Iterator[tuple[bool, str]]:

@@ -13,11 +13,9 @@ HeatScale = Literal["even_share", "share", "signed"]
 """What the middle of the scale is: the even share of a row, zero at its lower end, or zero between -1 and 1."""
 MOST_CELLS: Final = 4096
 """Cells of a map: larger ones are left to the JSON."""
-_LEGENDS: Final[dict[HeatScale, str]] = {
-    "even_share": "percent of a row; blue is a quarter of the even share or less, orange four times it or more",
-    "share": "percent; the darker the orange, the nearer to 100",
-    "signed": "hundredths; blue is -100, orange 100",
-}
+EVEN_SHARE: Final = "blue is a quarter of the even share or less, orange four times it or more"
+SIGNED: Final = "hundredths; blue is -100, orange 100"
+"""What the colours of a scale mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +54,6 @@ def heat_chart(heat: HeatMap) -> str:
         f"<td>{quoted(heat.corner)}</td>{heads}</tr></thead>\n<tbody>{''.join(rows)}</tbody></table></div>"
     )
     return figure(heat.title, body, note=heat.note)
-
-
-def heat_legend(scale: HeatScale) -> str:
-    """Return the sentence that says what the colours of a scale mean."""
-    return _LEGENDS[scale]
 
 
 def scale_step(value: float, even: float, scale: HeatScale) -> int:

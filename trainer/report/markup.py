@@ -63,7 +63,8 @@ def figure_number(value: float | int | str | None) -> str:
 
 def table(content: PageTable) -> str:
     """Return a table that scrolls by itself where the page is narrow."""
-    heads = "".join(f'<th scope="col">{quoted(head)}</th>' for head in content.heads)
+    columns = list(zip(*content.rows, strict=True)) or [()] * len(content.heads)
+    heads = "".join(_head(head, column) for head, column in zip(content.heads, columns, strict=True))
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in content.rows)
     caption = f"<caption>{quoted(content.caption)}</caption>" if content.caption else ""
     return (
@@ -101,6 +102,12 @@ def maps(parts: Iterable[str]) -> str:
     """Return heat maps beside each other, each as wide as it is."""
     body = "".join(parts)
     return f'<div class="maps">\n{body}</div>\n' if body else ""
+
+
+def _head(head: str, column: Sequence[str | float | int | None]) -> str:
+    """Return the head of a column, above its numbers."""
+    style = "" if any(isinstance(value, str) for value in column) else ' class="number"'
+    return f'<th scope="col"{style}>{quoted(head)}</th>'
 
 
 def _cell(value: str | float | int | None) -> str:

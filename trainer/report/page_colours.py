@@ -69,6 +69,8 @@ def read_pairs(theme: Theme) -> Iterator[tuple[str, str, str]]:
     for behind in ("page", "card"):
         for ink in ("text", "quiet", "link", "alarm", "good"):
             yield f"{ink} on {behind}", of[ink], of[behind]
+    for index, colour in enumerate(SERIES[theme]):
+        yield f"page on curve {index}", of["page"], colour
     yield "text on chip", of["text"], of["chip"]
     yield "quiet on chip", of["quiet"], of["chip"]
     for step, (background, ink) in enumerate(scale_colours(theme)):

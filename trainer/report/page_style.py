@@ -39,6 +39,7 @@ figure, .card {
 .card .note { font-size: .87rem; margin-bottom: 4px }
 figcaption, caption { font-weight: 600; text-align: left; padding-bottom: 6px }
 .plot { display: block; width: 100%; height: auto; font-size: 11px; fill: var(--text); font-family: inherit }
+.plot .inside { fill: var(--page); font-size: 10px; pointer-events: none }
 .plot .quiet { fill: var(--quiet) }
 .end { text-anchor: end }
 .mid { text-anchor: middle }
@@ -62,7 +63,8 @@ table { border-collapse: collapse; font-size: .87rem }
 td, th { padding: 3px 9px; text-align: left; vertical-align: top }
 thead th { border-bottom: 1px solid var(--axis); white-space: nowrap }
 tbody tr + tr > * { border-top: 1px solid var(--grid) }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.number { text-align: right }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
 .heat td, .heat th { border: 0; padding: 2px 4px; text-align: center; min-width: 28px; white-space: nowrap }
 .heat tbody tr + tr > * { border-top: 1px solid var(--card) }
 .heat tbody th { text-align: right; font-weight: 400; padding-right: 8px }

@@ -41,7 +41,7 @@ def report_html(data: Sequence[ReportData], runs: Sequence[RecordedRun]) -> str:
         comparison_section(names, [one.card for one in data]),
         alarm_section(logs),
         loss_section(logs),
-        load_section(logs),
+        load_section(logs, [one.card for one in data]),
         step_time_section(logs),
         _beside(names, "layers", "Layers and experts", "On held-out text, without drops.", [load_map(d) for d in data]),
     ]

@@ -9,7 +9,7 @@ from typing import Final
 
 from trainer.report.curve_chart import Curve, curve_chart
 from trainer.report.flow_chart import MOST_BANDED, flow_chart, strongest_flows
-from trainer.report.heat_chart import HeatMap, HeatScale, heat_chart, heat_legend
+from trainer.report.heat_chart import EVEN_SHARE, SIGNED, HeatMap, HeatScale, heat_chart
 from trainer.report.markup import PageTable, figure, figure_number, grid, maps, quoted, table
 from trainer.report.report_data import LayerFindings, Matrix, ReportData
 
@@ -30,7 +30,6 @@ def load_map(data: ReportData) -> str:
         values=[[*layer.load, *[None] * (most - len(layer.load))] for layer in data.layers],
         scale="even_share",
         corner="expert",
-        note="percent of the layer's assignments",
     )
     heads = ["layer", "load imbalance", "router entropy, nats", "dead experts", "duplicates"]
     rows = [
@@ -43,9 +42,8 @@ def load_map(data: ReportData) -> str:
         ]
         for layer in data.layers
     ]
-    return (
-        f'<p class="note">{heat_legend("even_share")}</p>{heat_chart(heat)}{table(PageTable(heads=heads, rows=rows))}'
-    )
+    legend = f'<p class="note">Percent of the assignments of a layer; {EVEN_SHARE}.</p>'
+    return legend + heat_chart(heat) + table(PageTable(heads=heads, rows=rows))
 
 
 def domain_maps(data: ReportData) -> str:
@@ -107,7 +105,7 @@ def similarity_maps(data: ReportData) -> str:
         charted.append(_square(layer, layer.weight_similarity, "signed", "weights"))
         charted.append(_square(layer, layer.output_similarity, "signed", "outputs"))
     body = maps(charted)
-    return f'<p class="note">Cosines in {heat_legend("signed")}.</p>{body}' if body else ""
+    return f'<p class="note">Cosines in {SIGNED}.</p>{body}' if body else ""
 
 
 def drop_figures(data: ReportData) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from trainer.report.curve_chart import Curve, curve_chart, share_bars
-from trainer.report.heat_chart import HeatMap, heat_chart, heat_legend
+from trainer.report.heat_chart import EVEN_SHARE, HeatMap, heat_chart
 from trainer.report.markup import PageTable, figure_number, foreign, grid, maps, quoted, section, table
+from trainer.report.report_data import RunCard
 from trainer.report.run_logs import RunLogs
 
 _CURVES: Final = (
@@ -44,7 +45,7 @@ def loss_section(logs: Sequence[RunLogs]) -> str:
     return section("loss", "Loss", note, [grid(parts)])
 
 
-def load_section(logs: Sequence[RunLogs]) -> str:
+def load_section(logs: Sequence[RunLogs], cards: Sequence[RunCard]) -> str:
     """Return the load of experts, and what else was logged, over time."""
     charts = []
     for key, title, unit, floor in _CURVES:
@@ -52,8 +53,12 @@ def load_section(logs: Sequence[RunLogs]) -> str:
         if not _changes(curves):
             continue  # none was dropped, none died: the last values are in the tables
         charts.append(curve_chart(title, curves, unit=unit, floor=floor))
-    charted = [chart for log in logs for chart in _load_maps(log, has_name=len(logs) > 1)]
-    legend = f'<p class="note">Load over time: {heat_legend("even_share")}.</p>' if charted else ""
+    owners = [f": {log.name}" if len(logs) > 1 else "" for log in logs]
+    charted = [
+        chart for log, card, owner in zip(logs, cards, owners, strict=True) for chart in _load_maps(log, card, owner)
+    ]
+    what = "Load of every expert: percent of its layer's assignments in the logged steps up to the one above"
+    legend = f'<p class="note">{what}; {EVEN_SHARE}.</p>' if charted else ""
     note = "Values of single steps; times are means since the line before."
     return section("time", "Load and speed over time", note, [grid(charts), legend, maps(charted)])
 
@@ -111,7 +116,7 @@ def _losses(logs: Sequence[RunLogs]) -> list[Curve]:
     return curves
 
 
-def _load_maps(log: RunLogs, *, has_name: bool) -> list[str]:
+def _load_maps(log: RunLogs, card: RunCard, owner: str) -> list[str]:
     """Return a map for each layer: experts by stretches of steps, shares of the assignments."""
     records = list(log.counts())
     if not records or len(records[0][1][0]) < 2:
@@ -119,20 +124,19 @@ def _load_maps(log: RunLogs, *, has_name: bool) -> list[str]:
     size = math.ceil(len(records) / _MOST_STRETCHES)
     stretches = [records[start : start + size] for start in range(0, len(records), size)]
     charts = []
-    num_experts = len(records[0][1][0])
-    for layer in range(len(records[0][1])):
+    num_layers, num_experts = len(records[0][1]), len(records[0][1][0])
+    indices = card.moe_layers if len(card.moe_layers) == num_layers else range(num_layers)
+    for layer in range(num_layers):
         sums = [[math.fsum(c[layer][e] for _, c in part) for e in range(num_experts)] for part in stretches]
         totals = [math.fsum(column) or math.nan for column in sums]
         values = [[column[e] / total for column, total in zip(sums, totals, strict=True)] for e in range(num_experts)]
-        title = f"MoE layer {layer + 1} of {len(records[0][1])}" + (f": {log.name}" if has_name else "")
         heat = HeatMap(
-            title=title,
+            title=f"load of layer {indices[layer]}{owner}",
             rows=[f"expert {expert}" for expert in range(num_experts)],
             columns=[str(part[-1][0]) for part in stretches],
             values=values,
             scale="even_share",
             corner="to step",
-            note="percent of the assignments of the logged steps up to this one",
             even=1 / num_experts,
         )
         charts.append(heat_chart(heat))

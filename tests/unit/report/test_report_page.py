@@ -100,7 +100,7 @@ def test_load_over_time_is_that_of_routing_jsonl(page: str, run: RecordedRun) ->
     records = [json.loads(line)["counts"][1] for line in run.folder.routing.read_text().splitlines()][:2]
     share = sum(counts[0] for counts in records) / sum(map(sum, records))
     tree = _parsed(page)
-    table = next(t for t in tree.iter("table") if t.get("aria-label") == "MoE layer 2 of 2")
+    table = next(t for t in tree.iter("table") if t.get("aria-label") == "load of layer 1")
     assert float(next(table.iter("tbody"))[0][1].get("title", "")) == pytest.approx(100 * share, abs=0.005)
 
 
