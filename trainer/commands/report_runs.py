@@ -2,32 +2,31 @@
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.atomic_io import replace_file
-from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.arguments import Subparsers, add_command, as_path, whole
-from trainer.commands.resolve import existing_run, suggest_prepare
+from trainer.commands.reported_run import ReportedRun
 from trainer.errors import ConfigError, ResourceError
-from trainer.experiment import ExperimentConfig
 from trainer.report.measure_options import MeasureOptions
 from trainer.report.report_data import ReportData, report_json
-from trainer.runs.recorded_run import RecordedRun
-from trainer.terminal import print_safe
 
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    example = "runs/smoke --json report.json"
+    example = "runs/smoke -o report.html"
     sub = add_command(subparsers, "report", report_command, example=example)
     what = "run folders, such as runs/smoke; or the experiment files that they were trained from"
     sub.add_argument("runs", nargs="+", type=as_path, metavar="RUN", help=what)
-    sub.add_argument("--json", type=as_path, metavar="FILE", help="file for all numbers (standard output)")
+    sub.add_argument("-o", "--output", type=as_path, metavar="FILE", help="HTML file for the page")
+    what = "file for all numbers (standard output, if there is no page either)"
+    sub.add_argument("--json", type=as_path, metavar="FILE", help=what)
+    what = "write again and again while a run trains, until all have ended; checkpoints are measured when they are new"
+    sub.add_argument("--follow", action="store_true", help=what)
+    sub.add_argument("--every", type=whole, default=30, metavar="S", help="seconds between two pages of --follow (30)")
     what = "tokens of held-out text to measure, over all domains (65536)"
     sub.add_argument("--max-tokens", type=whole, default=MeasureOptions().max_tokens, metavar="N", help=what)
     what = "checkpoints of a run to compare, evenly spaced (6)"
@@ -37,44 +36,47 @@ def add(subparsers: Subparsers) -> None:
 
 def report_command(options: argparse.Namespace) -> int:
     """Report what runs learned: loss, routing, and what each expert is for, from their newest checkpoints."""
-    target = None if options.json is None else options.json.absolute()
-    _check_target("--json", target)
+    for option, path in (("--output", options.output), ("--json", options.json)):
+        _check_target(option, path)
+    if options.output is not None and options.json is not None and options.output.absolute() == options.json.absolute():
+        raise ConfigError(f"--json: {options.json} is the file of the page too; name another one")
     if options.step is not None and len(options.runs) > 1:
         raise ConfigError(f"--step: chooses a checkpoint of one run, and {len(options.runs)} are named; name one")
-    for path in options.runs:  # before minutes are spent on the first
-        with _at_home_of(path):
-            pass
-    found = [_measure(path, options) for path in options.runs]
-    text = json.dumps(report_json(found), allow_nan=False)
-    if target is None:
-        print(text)
+    if options.follow and options.output is None:
+        raise ConfigError("--follow: writes a page again and again; name it with -o FILE")
+    how = MeasureOptions(max_tokens=options.max_tokens, max_checkpoints=options.checkpoints, step=options.step)
+    runs = [ReportedRun(path, how) for path in options.runs]
+    if options.follow:
+        _follow(runs, options)
     else:
-        _write(target, text)
+        _write_report(runs, [run.measure() for run in runs], options)
+    _say_written(options)
     return 0
 
 
-@contextmanager
-def _at_home_of(path: Path) -> Iterator[tuple[ExperimentConfig, RunFolder]]:
-    """Yield config and folder of a run, in the directory that the run was started in; then return to this one."""
-    here = Path.cwd()
-    try:
-        yield existing_run(argparse.Namespace(config=path, overrides=[]))
-    finally:
-        os.chdir(here)
+def _follow(runs: Sequence[ReportedRun], options: argparse.Namespace) -> None:
+    """Write the report until all runs have ended, and once after that."""
+    print(f"writing {options.output} every {options.every} s until the training ends (Ctrl-C stops)", file=sys.stderr)
+    while True:
+        has_ended = all([run.has_ended() for run in runs])  # asked first: then nothing is written after it was read
+        _write_report(runs, [run.newest() for run in runs], options)
+        if has_ended:
+            return
+        time.sleep(options.every)
 
 
-def _measure(path: Path, options: argparse.Namespace) -> ReportData:
-    """Measure a run."""
-    from trainer.report.measure_run import measure_run
+def _write_report(runs: Sequence[ReportedRun], found: Sequence[ReportData], options: argparse.Namespace) -> None:
+    """Write the page and the numbers, each at once: a reader finds the old one or the new one."""
+    if options.output is not None:
+        from trainer.report.report_page import report_html
 
-    how = MeasureOptions(max_tokens=options.max_tokens, max_checkpoints=options.checkpoints, step=options.step)
-    with _at_home_of(path) as (config, folder), suggest_prepare(config):
-        found = measure_run(RecordedRun(folder.path), config, how, _warn)
-    return replace(found, card=replace(found.card, folder=str(path)))
-
-
-def _warn(line: str) -> None:
-    print_safe(f"warning: {line}", file=sys.stderr)
+        _write(options.output, report_html(found, [run.recorded for run in runs]))
+    if options.json is not None or options.output is None:
+        text = json.dumps(report_json(list(found)), allow_nan=False)
+        if options.json is None:
+            print(text)
+        else:
+            _write(options.json, text)
 
 
 def _check_target(option: str, path: Path | None) -> None:
@@ -89,4 +91,9 @@ def _write(path: Path, text: str) -> None:
         replace_file(path, text)
     except OSError as error:
         raise ResourceError(f"{path}: cannot be written: {error.strerror}; name another file") from None
-    print(f"written to {path}", file=sys.stderr)
+
+
+def _say_written(options: argparse.Namespace) -> None:
+    for path in (options.output, options.json):
+        if path is not None:
+            print(f"written to {path}", file=sys.stderr)

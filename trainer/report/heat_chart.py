@@ -68,4 +68,4 @@ def scale_step(value: float, even: float, scale: HeatScale) -> int:
 def _cell(value: float | None, even: float, scale: HeatScale) -> str:
     if value is None or not math.isfinite(value):
         return "<td>-</td>"
-    return f'<td class="c{scale_step(value, even, scale)}" title="{100 * value:.2f}">{100 * value:.0f}</td>'
+    return f'<td class="c{scale_step(value, even, scale)}" title="{100 * value:.2f}">{round(100 * value)}</td>'
