@@ -12,7 +12,7 @@ import pytest
 
 from tests.tiny_training import config_of, train_here
 from trainer.cli import main
-from trainer.commands import report
+from trainer.commands import report_runs
 from trainer.commands.reported_run import ReportedRun
 from trainer.report.measure_options import MeasureOptions
 from trainer.runs.recorded_run import RecordedRun
@@ -140,7 +140,7 @@ def test_a_followed_page_grows_with_its_run_and_ends_with_it(
             training.__exit__(None, None, None)
             _log(run, step=14, loss=0.03125)
 
-    monkeypatch.setattr(report.time, "sleep", pass_time)
+    monkeypatch.setattr(report_runs.time, "sleep", pass_time)
     with training:
         assert _exit_code("report", str(run.path), "-o", str(page), "--follow", "--every", "7", *ARGUMENTS) == 0
     assert ["<b>0.0625</b>" in text for text in seen] == [False, True]
