@@ -129,4 +129,32 @@ FAULTS = [
         "{left // smaller:02d}",
         "console/test_formatting.py",
     ),
+    in_package(
+        "chance gives experts words",
+        "report/measure_words.py",
+        "math.log(max(1, tried) / _ERROR)",
+        "math.log(1 / _ERROR)",
+        "report/test_measure_words.py",
+    ),
+    in_package(
+        "an expert is the newest checkpoint's if any token has it",
+        "report/measure_layer.py",
+        "np.isin(token * num_experts + expert, token_last * num_experts + expert_last)",
+        "np.isin(expert, expert_last)",
+        "report/test_measure_layer.py",
+    ),
+    in_package(
+        "a report counts what is kept as dropped",
+        "report/measure_drops.py",
+        "(asked, asked & ~kept)",
+        "(asked, asked & kept)",
+        "report/test_measure_run.py",
+    ),
+    in_package(
+        "an excerpt shows a part of a character",
+        "report/token_text.py",
+        "start = _begun(before) if _starts_inside(token) else 0",
+        "start = 0",
+        "report/test_token_text.py",
+    ),
 ]

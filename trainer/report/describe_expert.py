@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.report.measure_words import FoundWord, Vocabulary, apart, vocabularies, words_of_experts
+from trainer.report.measure_words import FoundWord, Vocabulary, apart, lifts, vocabularies, words_of_experts
 from trainer.report.report_data import Excerpt, ExpertFindings, TypicalRow, Word
 from trainer.report.routed_text import Choices, TextRows, assignments
 from trainer.report.token_text import TokenText
 
 _MOST_WORDS, _MOST_NGRAMS, _MOST_EXCERPTS, _MOST_ROWS = 12, 8, 4, 2
+_NGRAM_GAIN = 1.05  # over the lift of its last token alone, which is the one that is routed
 _FEWEST_TOKENS = 16  # of a typical row
 _EXCERPT_BYTES, _ROW_BYTES = 60, 200
 _SMALL_VOCABULARY = 512  # tokens are bytes or characters, so that longer n-grams are the words
@@ -44,12 +45,19 @@ def describe_experts(
     num_experts = counts.shape[1]
     tried = sum(len(v.words) for v in described.words) * num_experts * described.num_layers
     by_length = [words_of_experts(v, choices, num_experts, tried=tried, most=64) for v in described.words]
-    load, lifts = counts.sum(0), _domain_lift(counts)
+    by_token = lifts(described.words[0], choices, num_experts)  # (W, E)
+    number = {word[0]: index for index, word in enumerate(described.words[0].words)}
+    load, by_domain = counts.sum(0), _domain_lift(counts)
     shares = _row_shares(described.text, choices, num_experts)
     found = []
     for expert in range(num_experts):
         single = by_length[0][expert][:_MOST_WORDS]
-        longer = [word for words in by_length[1:] for word in words[expert]]
+        longer = [
+            word
+            for words in by_length[1:]
+            for word in words[expert]
+            if word.lift >= _NGRAM_GAIN * by_token[number[word.tokens[-1]], expert]
+        ]
         longer.sort(key=lambda word: (-word.lift_low, -len(word.tokens)))
         ngrams = apart(longer, _MOST_NGRAMS)
         places = described.text.place[(choices == expert).any(1)]
@@ -58,7 +66,7 @@ def describe_experts(
                 expert=expert,
                 tokens=int(load[expert]),
                 share=float(load[expert] / max(1, load.sum())),
-                domain_lift=tuple(lifts[:, expert].tolist()),
+                domain_lift=tuple(by_domain[:, expert].tolist()),
                 words=tuple(_word(word, described) for word in single),
                 ngrams=tuple(_word(word, described) for word in ngrams),
                 excerpts=_excerpts(described, places, ngrams[:_MOST_EXCERPTS] or single[:_MOST_EXCERPTS]),

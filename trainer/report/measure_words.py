@@ -88,21 +88,34 @@ def words_of_experts(
 
     `tried` is the number of words and experts, over all vocabularies and layers, for the bound on chance.
     """
-    num_words, num_tokens = len(vocabulary.words), len(choices)
-    token, expert = assignments(choices)
-    sizes = np.bincount(expert, minlength=num_experts)  # (E,)
-    word = vocabulary.code[token]
-    is_word = word < num_words
-    cells = np.bincount(word[is_word] * num_experts + expert[is_word], minlength=num_words * num_experts)
-    counts = cells.reshape(num_words, num_experts)  # (W, E)
-    if not num_words:
+    if not vocabulary.words:
         return [[] for _ in range(num_experts)]
-    n, share = vocabulary.occurrences[:, None].astype(float), (sizes / max(1, num_tokens))[None]
+    counts, share = _counts_and_share(vocabulary, choices, num_experts)
+    n = vocabulary.occurrences[:, None].astype(float)
     rate = counts / n
     lift = rate / np.maximum(share, 1e-300)
     is_found = (n * _divergence(rate, share) > math.log(max(1, tried) / _ERROR)) & (lift >= MIN_LIFT)
     low = _wilson_low(rate, n) / np.maximum(share, 1e-300)
     return [_best(vocabulary, counts[:, e], lift[:, e], low[:, e], is_found[:, e], most) for e in range(num_experts)]
+
+
+def lifts(vocabulary: Vocabulary, choices: Choices, num_experts: int) -> NDArray[np.float64]:
+    """Return (W, E) the lift of every frequent word for each expert of a layer; 0 for a dead expert."""
+    counts, share = _counts_and_share(vocabulary, choices, num_experts)
+    return counts / vocabulary.occurrences[:, None] / np.where(share > 0, share, 1)
+
+
+def _counts_and_share(
+    vocabulary: Vocabulary, choices: Choices, num_experts: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return (W, E) the occurrences that chose each expert, and (1, E) the share of all tokens that did."""
+    num_words = len(vocabulary.words)
+    token, expert = assignments(choices)
+    word = vocabulary.code[token]
+    is_word = word < num_words
+    cells = np.bincount(word[is_word] * num_experts + expert[is_word], minlength=num_words * num_experts)
+    sizes = np.bincount(expert, minlength=num_experts)  # (E,)
+    return cells.reshape(num_words, num_experts), (sizes / max(1, len(choices)))[None]
 
 
 def _best(
