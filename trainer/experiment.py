@@ -112,6 +112,9 @@ class ExperimentConfig(Config):
         best, has_average = self.checkpoint.best_metric, self.train.ema is not None
         if best is not None and (no := unknown_metric(best.metric, self.eval, domains, has_average=has_average)):
             yield Problem("checkpoint.best", no)
+        stops = self.train.early_stopping
+        if stops is not None and (no := unknown_metric(stops.metric, self.eval, domains, has_average=has_average)):
+            yield Problem("train.early_stopping.metric", no)
 
     def _vocabulary_problems(self) -> Iterator[Problem]:
         """Check that the embedding has a row for each id, where these are known without reading a file."""

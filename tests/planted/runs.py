@@ -4,6 +4,20 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "a run that stopped early goes on when it is started again",
+        "training/resume.py",
+        "    run.early_stopping.restore(checkpoint.run)\n",
+        "",
+        "training/test_early_stopping.py::test_a_run_stops_with_a_checkpoint_says_why_and_does_not_go_on",
+    ),
+    in_package(
+        "a value that is not finite is the best one of early stopping",
+        "training/early_stopping.py",
+        "is_first = self._best is None and math.isfinite(value)",
+        "is_first = self._best is None",
+        "training/test_early_stopping.py::test_it_is_over_after_so_many_evaluations_without_a_better_one",
+    ),
+    in_package(
         "an option can come before its kind",
         "config/overrides.py",
         '(0, len(one[0])) if one[0][-1] == "kind" else (1, 0)',

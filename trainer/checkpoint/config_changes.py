@@ -10,7 +10,14 @@ from trainer.errors import ConfigError
 _MODEL_KEYS = ("model.", "data.tokenizer")
 _COMPARED_BY_CONTENT = "data.tokenizer.path"
 _LEARNING_KEYS = ("seed", "data.", "optim.", "schedule.", "train.")
-_HARMLESS_KEYS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers", "data.changed")
+_HARMLESS_KEYS = (
+    "train.steps",
+    "train.max_consecutive_skips",
+    "train.early_stopping",
+    "data.cache_dir",
+    "data.workers",
+    "data.changed",
+)
 _ORDER_KEYS = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
 """Keys that determine the order of the rows, besides the text."""
 _SHARE_KEYS = re.compile(r"data\.(mixture\..*|sources\.\d+\.weight)")

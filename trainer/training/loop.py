@@ -1,5 +1,7 @@
 """The training loop."""
 
+from dataclasses import replace
+
 import torch
 
 from trainer.data.batches.batch import Batch
@@ -19,7 +21,7 @@ from trainer.training.save import report_save, save
 
 
 def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | None:
-    """Train to `train.steps`; log, evaluate and save on the way; return the last evaluation, None after a stop.
+    """Train to `train.steps`, or until it stops early; return the last evaluation, None after a stop by a signal.
 
     Raises:
         StopRequested: if it was asked to stop before the first step.
@@ -35,7 +37,10 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
     ):  # the moments are compared too, and so allocated here
         anomalies.check_replicas(run, run.start_step)
     stop.begin_steps()
-    for step in range(run.start_step, config.train.steps):
+    if run.early_stopping.is_over and run.start_step < config.train.steps:  # it does not go on by itself
+        run.stopped_at = run.start_step
+        run.console.message(f"already stopped early after step {run.start_step}: {run.early_stopping.reason}")
+    for step in range(run.start_step, run.last_step):
         done, is_last = step + 1, step + 1 == config.train.steps
         recorder.step, recorder.is_in_step = done, step > run.start_step
         result, lr = _take_step(run, step, pace, status)
@@ -60,7 +65,11 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         # Before saving: a run that resumes from the checkpoint finds its evaluation in metrics.jsonl.
         evaluated = _evaluate_if_due(run, done, status)
         evaluation = evaluated or evaluation
-        is_best = evaluated is not None and run.best.note(done, _numbers(run, evaluated))
+        is_best = evaluated is not None and _note(run, done, evaluated)
+        if run.early_stopping.is_over and not is_last:
+            is_last = is_saved = True
+            run.stopped_at = done
+            evaluation = _evaluate_rest(run, done, evaluated) or evaluation
         if is_saved or is_best or stopped_by or is_folder_lost:
             if run.recorder is not None:  # a run that resumes here goes on after what is recorded
                 recorder.enter("writing the routing record")
@@ -76,6 +85,9 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
             stop.obey()
             run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to resume")
             return None
+        if run.stopped_at is not None:
+            run.console.message(f"stopped early after step {done}: {run.early_stopping.reason}")
+            break
     if run.recorder is not None:
         recorder.enter("finishing the routing record")
         run.recorder.finish()
@@ -155,9 +167,28 @@ def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport
     return evaluation
 
 
-def _numbers(run: RunState, evaluation: EvalReport) -> dict[str, float]:
-    """Return the numbers of an evaluation as rank 0 has them, so that every rank decides alike. Collective."""
-    return run.mesh.world.broadcast_object(evaluation.record())
+def _note(run: RunState, done: int, evaluation: EvalReport) -> bool:
+    """Take in an evaluation; return whether it is the best so far. Collective.
+
+    Its numbers are those that rank 0 has, so that every rank decides alike.
+    """
+    if run.best.config is None and run.config.train.early_stopping is None:
+        return False
+    numbers = run.mesh.world.broadcast_object(evaluation.record())
+    run.early_stopping.note(done, numbers)
+    return run.best.note(done, numbers)
+
+
+def _evaluate_rest(run: RunState, done: int, evaluated: EvalReport | None) -> EvalReport | None:
+    """Run and log the tasks that a last step has more than an evaluation; return the two as one."""
+    known = () if evaluated is None else evaluated.tasks
+    rest = [task for task in run.tasks if task.name not in {result.name for result in known}]
+    if evaluated is None or not rest:
+        return evaluated
+    with memory.hint(run.config, "evaluating the model"):
+        more = evaluate_run(run.config, run.engine, run.corpus, rest, run.mesh, with_held_out=False)
+    log_evaluation(run, done, more)
+    return replace(evaluated, tasks=[*known, *more.tasks])
 
 
 def _routing_gap(run: RunState) -> RoutingGap | None:

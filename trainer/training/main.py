@@ -121,5 +121,4 @@ def _finish(run: RunState, evaluation: EvalReport, *, started_s: float) -> None:
         run.console.summary(replace(summary, written=[*summary.written, *picture]))
     run.engine.close()
     if sample.error is not None:
-        step = max(run.start_step, run.config.train.steps)
-        raise NumericsError(f"{run.saver.folder.of_step(step)}: {sample.error}") from None
+        raise NumericsError(f"{run.saver.folder.of_step(run.last_step)}: {sample.error}") from None

@@ -39,6 +39,7 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     run.optimizer_steps_taken_over = int(checkpoint.run.get("optimizer_steps_taken_over", 0))
     is_other_text = resume_text(run, checkpoint)
     run.best.restore(checkpoint.run)
+    run.early_stopping.restore(checkpoint.run)
     run.skipped_steps = int(checkpoint.run["skipped_steps"])
     run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
     run.spikes.restore({} if is_other_text else checkpoint.run.get("spikes", {}))  # losses of the old text

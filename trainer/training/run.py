@@ -26,6 +26,7 @@ from trainer.parallel.canary import CanaryReport
 from trainer.routing_record.replayed_rows import ReplayedRows
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training.best_so_far import BestSoFar
+from trainer.training.early_stopping import EarlyStopping
 from trainer.training.routing_recorder import RoutingRecorder
 from trainer.training.spikes import SpikeWindow
 
@@ -53,6 +54,9 @@ class RunState:
     spikes: SpikeWindow
     ahead: CopyAhead
     best: BestSoFar
+    early_stopping: EarlyStopping
+    stopped_at: int | None = None
+    """Completed steps when it stopped early; None: it did not."""
     recorder: RoutingRecorder | None = None
     """Records the experts of this run's steps; None: no record."""
     replayed: ReplayedRows | None = None
@@ -101,7 +105,13 @@ class RunState:
             "versions": {"turnout": turnout_version(), "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),
             **self.best.record(),
+            **self.early_stopping.record(),
         }
+
+    @property
+    def last_step(self) -> int:
+        """Completed steps at the end of the run."""
+        return max(self.start_step, self.config.train.steps) if self.stopped_at is None else self.stopped_at
 
     def parent_record(self) -> dict[str, Any] | None:
         """Return the parent run as JSON values."""

@@ -80,7 +80,7 @@ def final_summary(run: RunState, evaluation: EvalReport, sample: Sample, *, elap
     logged_steps, losses = [], []
     with suppress(OSError):  # the curve is shown without earlier processes' steps
         logged_steps, losses = loss_curve(run.folder.metrics)
-    steps = max(run.start_step, run.config.train.steps)
+    steps = run.last_step
     layers, title = run.engine.model.config.moe_layers, f"{run.config.name}: {steps} steps done"
     since = f" since step {run.start_step}" if run.start_step else ""
     optional = [("profile", run.folder.profile), ("deepspeed", run.folder.deepspeed)]

@@ -41,6 +41,7 @@ from trainer.routing_record.sequence_rows import RecordedSequences
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training import memory
 from trainer.training.best_so_far import BestSoFar
+from trainer.training.early_stopping import EarlyStopping
 from trainer.training.first_weights import FirstWeights, save_first_weights
 from trainer.training.model import build_parallel_model, check_kernel, meta_model, numerics, resolve_kernel
 from trainer.training.resume import check_best, resume
@@ -193,6 +194,7 @@ def build_model_and_engine(
         size=size,
         spikes=SpikeWindow(sigmas=spikes.sigmas, size=spikes.window, patience=config.train.max_consecutive_skips),
         best=BestSoFar(config.checkpoint.best_metric),
+        early_stopping=EarlyStopping(config.train.early_stopping),
         ahead=CopyAhead.to_device(device),
         recorder=RoutingRecorder.of(config, folder, corpus, mesh),
         replayed=replay if isinstance(replay, ReplayedRows) else None,
