@@ -93,7 +93,7 @@ def route_rows(engine: Engine, batches: Sequence[Batch], num_domains: int) -> Ro
         tokens += int(counted.sum())
         for layer, stats in enumerate(output.moe):
             assert stats.routed is not None, "they are requested"
-            parts[layer].append(_choices(stats.routed.decision)[counted.cpu().numpy()])
+            parts[layer].append(choices_of(stats.routed.decision)[counted.cpu().numpy()])
             has_entropy &= stats.entropy_sum is not None
             if stats.entropy_sum is not None:
                 entropy[layer] += float(stats.entropy_sum.double().sum())
@@ -110,7 +110,7 @@ def assignments(choices: Choices) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return token, choices[token, slot].astype(np.int64)
 
 
-def _choices(decision: RoutingDecision) -> Choices:
+def choices_of(decision: RoutingDecision) -> Choices:
     """Return the experts (T, k) of a decision, without null experts."""
     kept = decision.kept & (decision.expert_index < decision.num_experts)
     token = decision.token_index[kept].cpu().numpy()  # ascending
