@@ -28,7 +28,8 @@ LIVENESS_PIPE, STOP_SIGNAL = "beats", "asked"
 """Files in it: the pipe of liveness messages; the name of the stop signal."""
 Phase = Literal["start-up", "training", "reading", "evaluating", "saving"]
 
-_NAME = re.compile(r"rank\d{5,}\.json")
+NAME_PATTERN = re.compile(r"rank\d{5,18}\.json", re.ASCII)
+"""Name of a status file."""
 _INTERVAL_S = 1.0
 
 
@@ -117,7 +118,7 @@ def read_statuses(folder: Path, attempt: str) -> dict[int, Status]:
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or malformed
-                record = json.loads(path.read_text()) if _NAME.fullmatch(path.name) else {}
+                record = json.loads(path.read_text()) if NAME_PATTERN.fullmatch(path.name) else {}
                 status = Status(**{field.name: record[field.name] for field in fields(Status)})
                 if status.attempt == attempt:
                     statuses[status.rank] = status
@@ -128,5 +129,5 @@ def remove_others(folder: Path, *, world_size: int) -> None:
     """Remove the status files of ranks that do not exist in a run of `world_size` ranks."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if _NAME.fullmatch(path.name) and int(path.stem.removeprefix("rank")) >= world_size:
+            if NAME_PATTERN.fullmatch(path.name) and int(path.stem.removeprefix("rank")) >= world_size:
                 path.unlink()

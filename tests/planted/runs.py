@@ -95,4 +95,32 @@ FAULTS = [
         "return 0.0",
         "prove/test_compare.py",
     ),
+    in_package(
+        "a killed run is shown as running",
+        "runs/rank_statuses.py",
+        'if is_it and process.status() != psutil.STATUS_ZOMBIE else "gone"\n    except (psutil.NoSuchProcess,',
+        'if is_it and process.status() != psutil.STATUS_ZOMBIE else "gone"\n    except (psutil.TimeoutExpired,',
+        "runs/test_run_state.py",
+    ),
+    in_package(
+        "the number of a dead process makes another one it",
+        "runs/rank_statuses.py",
+        "process.create_time() <= status.started + _START_SLACK_S",
+        "process.create_time() > 0",
+        "runs/test_run_state.py",
+    ),
+    in_package(
+        "a copy of a run that trains trains",
+        "runs/run_state.py",
+        '"alive" in lives and not _is_copy(folder)',
+        '"alive" in lives',
+        "runs/test_run_state.py",
+    ),
+    in_package(
+        "a seed that was trained twice counts as two",
+        "runs/compared_runs.py",
+        "by_seed.setdefault(str(seed), [])",
+        "by_seed.setdefault(str(run.path), [])",
+        "runs/test_compared_runs.py",
+    ),
 ]
