@@ -40,6 +40,7 @@ from tests.planted import (
     measures,
     model,
     noise,
+    pages,
     places,
     ranks,
     replays,
@@ -73,6 +74,7 @@ _TOPICS = (
     conversions,
     stages,
     sweeps,
+    pages,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 

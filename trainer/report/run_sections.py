@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from trainer.report.curve_chart import Curve, curve_chart, share_bars
 from trainer.report.heat_chart import EVEN_SHARE, HeatMap, heat_chart
-from trainer.report.markup import PageTable, figure_number, foreign, grid, maps, quoted, section, table
+from trainer.report.markup import figure_number, foreign, grid, maps, quoted, section
 from trainer.report.report_data import RunCard
 from trainer.report.run_logs import RunLogs
 
@@ -81,12 +81,12 @@ def step_time_section(logs: Sequence[RunLogs]) -> str:
 
 
 def alarm_section(logs: Sequence[RunLogs]) -> str:
-    """Return what rang while training, and what to do; the first of each kind in a layer, with how often it rang."""
+    """Return what rang while training, and what to do; a card for each kind, layer and rank."""
     parts = []
     for log in logs:
-        kinds: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+        kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for record in log.alarms.records:
-            kinds.setdefault((str(record.get("alarm", "alarm")), record.get("layer")), []).append(record)
+            kinds.setdefault(tuple(str(record.get(key)) for key in ("alarm", "layer", "rank")), []).append(record)
         parts += [_alarm(log.name if len(logs) > 1 else "", records) for records in kinds.values()]
     if not parts:
         parts = ['<p class="fine">None rang.</p>']
@@ -144,21 +144,19 @@ def _load_maps(log: RunLogs, card: RunCard, owner: str) -> list[str]:
 
 
 def _alarm(run: str, records: Sequence[dict[str, Any]]) -> str:
-    first, last = records[0], records[-1]
-    layer = "" if first.get("layer") is None else f", layer {first['layer']}"
-    steps = (
-        f"step {first['step']}"
-        if len(records) == 1
-        else f"{len(records)} times, steps {first['step']} to {last['step']}"
-    )
-    head = f"{foreign(str(first.get('alarm', 'alarm')))}{quoted(layer)}: {steps}"
+    """Return the card of an alarm of one layer and rank: its newest words while it rang, and whether it goes on."""
+    rung = [record for record in records if record.get("state") != "ended"] or records
+    first, last = rung[0], rung[-1]
+    where = "".join(f", {key} {first[key]}" for key in ("layer", "rank") if first.get(key) is not None)
+    times = "" if len(rung) == 1 else f", {len(rung)} times until step {last['step']}"
+    end = f"ended at step {records[-1]['step']}" if records[-1] is not last else "has not ended"
+    head = f"{foreign(str(first.get('alarm', 'alarm')))}{quoted(where)}: rang at step {first['step']}{times}; {end}"
     owner = f'<p class="note">{foreign(run)}</p>' if run else ""
     message, advice = foreign(str(last.get("message", ""))), foreign(str(last.get("advice", "")))
-    known = {"step", "alarm", "layer", "message", "advice"}
-    rest = {key: value for key, value in last.items() if key not in known and isinstance(value, int | float | str)}
-    more = table(PageTable(heads=list(rest), rows=[[figure_number(v) for v in rest.values()]])) if rest else ""
-    words = f"<p>{message}</p><p><b>What to do:</b> {advice}</p>"
-    return f'<div class="card alarm"><h3>{head}</h3>{owner}{words}{more}</div>\n'
+    numbers = {key: last[key] for key in ("value", "threshold", "since") if isinstance(last.get(key), int | float)}
+    more = ", ".join(f"{key} {figure_number(value)}" for key, value in numbers.items())
+    words = f'<p>{message} <span class="note">{more}</span></p><p><b>What to do:</b> {advice}</p>'
+    return f'<div class="card alarm"><h3>{head}</h3>{owner}{words}</div>\n'
 
 
 def _changes(curves: Sequence[Curve]) -> bool:

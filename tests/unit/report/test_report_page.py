@@ -123,6 +123,24 @@ def test_measured_numbers_are_on_the_page(page: str) -> None:
         assert all(f"{round(word.lift, 1):.5g}x" in page for word in expert.words)
 
 
+def test_an_alarm_that_ended_keeps_its_cure(tmp_path: Path) -> None:
+    run = RecordedRun(write_logs(tmp_path / "run"))
+    common = {"alarm": "dead_experts", "layer": 1, "value": 0.25, "threshold": 0.5}
+    lines = [
+        common | {"step": 5, "state": "rings", "message": "3 of 8 sleep", "advice": "raise balance.coef"},
+        common | {"step": 9, "state": "again", "message": "6 of 8 sleep", "advice": "raise it further"},
+        common | {"step": 20, "state": "ended", "message": "has ended", "advice": ""},
+        common | {"step": 22, "layer": 0, "state": "rings", "message": "1 sleeps", "advice": "wait"},
+    ]
+    (run.path / "alarms.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = _parsed(report_html([sample_report()], [run]))
+    cards = [" ".join(card.itertext()) for card in page.iter("div") if card.get("class") == "card alarm"]
+    assert len(cards) == 2
+    assert "dead_experts , layer 1: rang at step 5, 2 times until step 9; ended at step 20" in cards[0]
+    assert "6 of 8 sleep" in cards[0] and "value 0.25, threshold 0.5" in cards[0] and "raise it further" in cards[0]
+    assert "layer 0: rang at step 22; has not ended" in cards[1]
+
+
 def test_hostile_text_is_only_text(tmp_path: Path, run: RecordedRun) -> None:
     """Names, tokens and passages of others add no element, no attribute and no control character."""
     bad = run.path.parent / "x<script>alert(1)<"
