@@ -27,6 +27,20 @@ FAULTS = [
         "sweep/test_run_sweep.py",
     ),
     _fault(
+        "the worst of a rung go on",
+        "sweep/halving.py",
+        "key=lambda entry: -entry[0] if maximize else entry[0]",
+        "key=lambda entry: entry[0] if maximize else -entry[0]",
+        "sweep/test_halving.py",
+    ),
+    _fault(
+        "a run that stops after a step has not evaluated there",
+        "training/loop.py",
+        "is_last or done == run.config.train.stop_after",
+        "is_last",
+        "sweep/test_halving.py",
+    ),
+    _fault(
         "trials outlive a sweep that was killed",
         "sweep/trial_process.py",
         "preexec_fn=end_with(os.getpid()),",

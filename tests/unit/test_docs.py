@@ -26,6 +26,7 @@ from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.heartbeat import Heartbeat, diagnose_lost_ranks
 from trainer.experiment import ExperimentConfig
 from trainer.status import Status
+from trainer.sweep.sweep_config import SweepConfig
 
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "SECURITY", "tests/README")),
@@ -78,6 +79,10 @@ def test_yaml_is_a_config_whose_files_exist_or_are_made_by_a_command_of_the_page
     if block.text.startswith("weights:"):
         own_config.write_text(block.text)
         load(own_config, [], WeightMapConfig)
+        return
+    if re.search(r"^config: ", block.text, re.MULTILINE):
+        own_config.write_text(block.text)
+        load(own_config, [], SweepConfig)
         return
     own_config.write_text(block.text if "\nname:" in block.text else f"name: mine\n{block.text}")
     config = load(own_config, [], ExperimentConfig)

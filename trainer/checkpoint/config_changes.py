@@ -12,6 +12,7 @@ _COMPARED_BY_CONTENT = "data.tokenizer.path"
 _LEARNING_KEYS = ("seed", "data.", "optim.", "schedule.", "train.")
 _HARMLESS_KEYS = (
     "train.steps",
+    "train.stop_after",
     "train.max_consecutive_skips",
     "train.early_stopping",
     "data.cache_dir",

@@ -9,7 +9,7 @@ from trainer.sweep.run_sweep import run_sweep
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    sub = add_command(subparsers, "sweep", sweep_command, example="configs/sweeps/granularity.yaml --slots 2")
+    sub = add_command(subparsers, "sweep", sweep_command, example="configs/sweeps/choose_k.yaml --slots 2")
     sub.add_argument("config", type=as_path, metavar="SWEEP", help="sweep file")
     add_overrides(sub, "train.steps=40, or seeds=[1,2] of the sweep")
     sub.add_argument("--slots", type=whole, metavar="N", help="trials at the same time (`slots` of the file)")

@@ -84,6 +84,9 @@ class TrainConfig(Config):
 
     steps: Steps = 2000
     """Optimizer steps."""
+    stop_after: Steps | None = None
+    """Evaluate, save and stop after this step, as after a signal; the learning rate still follows the schedule of all
+    `steps`. Without it the same command goes on. Null: train to the end."""
     global_batch_size: Rows = 64
     """Sequences in one optimizer step, over all ranks and micro-batches."""
     grad_clip: Annotated[float, Field(gt=0, le=1e30)] | None = 1.0
@@ -112,6 +115,9 @@ class TrainConfig(Config):
         if self.ema is not None and (first := self.ema.start_step + self.ema.every) > self.steps:
             given = f"the first update is after step {first}, and train.steps is {self.steps}"
             yield Problem("ema", f"{given}; lower start_step or every, or use null")
+        if self.stop_after is not None and self.stop_after >= self.steps:
+            message = f"{self.stop_after} is not before the end, steps {self.steps}; use a smaller number, or null"
+            yield Problem("stop_after", message)
         for index, entry in enumerate(self.freeze):
             if (wrong := unknown_role(entry)) is not None:
                 yield Problem(f"freeze.{index}", wrong)

@@ -6,9 +6,10 @@ trainings are not repeated, interrupted ones are resumed. Imports no torch.
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.dump import changed_values, dump, inline, short
@@ -20,7 +21,8 @@ from trainer.moe.config import MoEConfig
 from trainer.moe.layer_options import BalanceConfig
 
 _MIN_RECORDS = 50  # least number of records in metrics.jsonl, if a training has that many steps
-_NOT_LEARNED = {"runs_dir", "prepare", "parallel", "engine", "checkpoint", "metrics", "profile"}
+_SECTIONS = ("runs_dir", "prepare", "parallel", "engine", "checkpoint", "metrics", "profile")
+_NOT_LEARNED: Mapping[str, Any] = {**dict.fromkeys(_SECTIONS, True), "train": {"stop_after"}}
 """Keys and sections that do not affect what is learned."""
 
 
@@ -123,8 +125,8 @@ def check_trained_alike(folder: RunFolder, config: ExperimentConfig, *, advice: 
     """
     if not folder.config.is_file():
         return
-    trained = load(folder.config, [], ExperimentConfig).model_dump(exclude=_NOT_LEARNED)
-    changes = changed_values(trained, config.model_dump(exclude=_NOT_LEARNED))
+    trained = load(folder.config, [], ExperimentConfig).model_dump(exclude=dict(_NOT_LEARNED))
+    changes = changed_values(trained, config.model_dump(exclude=dict(_NOT_LEARNED)))
     if changes:
         change = changes[0]
         raise ConfigError(

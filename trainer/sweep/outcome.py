@@ -99,6 +99,8 @@ def recommend(outcomes: Sequence[CandidateOutcome], *, maximize: bool = False) -
     best = best_of(outcomes, maximize=maximize)
     if best is None:
         return None
+    if sum(one.is_comparable for one in outcomes) == 1:
+        return Recommendation(name=best.name, reason="the only one that has trained to the end")
     if best.error is None:
         reason = "the best; one training of each says nothing about chance: give seeds or folds"
         return Recommendation(name=best.name, reason=reason)

@@ -16,7 +16,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.router_trainings import check_trained_alike
 from trainer.sweep.candidates import Candidate, candidates
-from trainer.sweep.sweep_config import SweepConfig
+from trainer.sweep.sweep_config import HalvingConfig, SweepConfig
 
 _OF_OVERRIDE = re.compile(r"<override (\d+)>(?=: )")
 
@@ -111,6 +111,9 @@ class _Plan:
                     try:
                         trial = self._load([*common, *changes, *own])
                         check_packages(trial)
+                        if trial.train.early_stopping is not None:
+                            why = "trials would end at different steps, which cannot be compared; use null"
+                            raise ConfigError(f"train.early_stopping: {why}")
                         parallel = trial.parallel
                         check_layout(world_size=config.ranks, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
                     except ConfigError as error:
@@ -120,6 +123,11 @@ class _Plan:
                     trials.append(Trial(candidate=candidate, seed=seed, fold=fold, config=trial))
         if problems:
             raise ConfigError("\n".join(f"{line} (trial {name})" for line, name in problems.items()))
+        steps = {trial.config.train.steps for trial in trials}
+        if isinstance(config.method, HalvingConfig) and (len(steps) > 1 or min(steps) <= config.method.first_steps):
+            given = f"{config.method.first_steps}, and trials have train.steps {', '.join(map(str, sorted(steps)))}"
+            place = self._place(("method", "first_steps"))
+            raise ConfigError(f"{place}: method.first_steps: {given}; give all the same number, above the first rung")
         for trial in trials:
             check_trained_alike(trial.folder, trial.config, advice="use another name=..., or remove the folder")
         return Sweep(config=config, candidates=found, trials=trials, folder=folder)

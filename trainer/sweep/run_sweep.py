@@ -6,8 +6,10 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import DataError
 from trainer.supervise.stop_signals import StopSignals
 from trainer.sweep.candidates import Candidate
+from trainer.sweep.halving import rungs, survivors
 from trainer.sweep.outcome import CandidateOutcome
 from trainer.sweep.plan_trials import Sweep, Trial
+from trainer.sweep.sweep_config import HalvingConfig
 from trainer.sweep.sweep_report import show_sweep, write_sweep
 from trainer.sweep.trial_process import run_trials
 from trainer.sweep.trial_result import has_trained, read_result
@@ -26,9 +28,9 @@ def run_sweep(sweep: Sweep) -> int:
     """
     folder = RunFolder(sweep.folder)
     folder.lock()
-    running = _RunningSweep(sweep)
     with StopSignals() as stop:
-        running.train(sweep.trials, stop)
+        running = _RunningSweep(sweep, stop)
+        running.train()
     outcomes = running.outcomes()
     write_sweep(sweep.folder, sweep.config, outcomes)
     show_sweep(sweep.config, outcomes)
@@ -37,55 +39,73 @@ def run_sweep(sweep: Sweep) -> int:
 
 
 class _RunningSweep:
-    """A sweep with the trials that have failed."""
+    """A sweep with what has become of its candidates."""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
-        self.failures: dict[str, str] = {}
+    def __init__(self, sweep: Sweep, stop: StopSignals) -> None:
+        self.sweep, self.stop = sweep, stop
+        self._failures: dict[str, str] = {}
+        self._last_step = {candidate.name: 0 for candidate in sweep.candidates}
+        """Step that each candidate is trained to."""
 
-    def train(self, trials: Sequence[Trial], stop: StopSignals) -> None:
-        """Train the trials that have not, and write the outcome as each ends."""
+    def train(self) -> None:
+        """Train rung by rung; each but the last keeps the best. Without halving there is one rung.
+
+        Nothing is remembered but the runs: a repeated command finds the same order in their metrics.
+        """
+        steps, method = self.sweep.trials[0].config.train.steps, self.sweep.config.method
+        left = list(self.sweep.candidates)
+        for until in rungs(method, steps):
+            if until < steps and len(left) == 1:  # there is nothing to compare it with
+                continue
+            self._last_step |= {candidate.name: until for candidate in left}
+            self._train([trial for trial in self.sweep.trials if trial.candidate in left], until)
+            if isinstance(method, HalvingConfig) and until < steps:
+                outcomes = [one for one in self.outcomes() if one.candidate in left]
+                left = survivors(outcomes, eta=method.eta, maximize=self.sweep.config.maximize)
+                names = ", ".join(one.name for one in left) or "none"
+                print_safe(f"after step {until} of {steps}, {names} of {len(outcomes)} candidates go on")
+
+    def _train(self, trials: Sequence[Trial], until: int) -> None:
+        """Train trials up to a step, but those that have, and write the outcome as each ends."""
         config = self.sweep.config
-        left = [trial for trial in trials if not has_trained(trial, trial.config.train.steps)]
-        if len(left) < len(trials):
-            print_safe(f"{len(trials) - len(left)} of {len(trials)} trials have trained already")
-        for trial, reason in run_trials(left, slots=config.slots, ranks=config.ranks, stop=stop):
+        left = [trial for trial in trials if not has_trained(trial, until)]
+        number = len(trials) - len(left)
+        if number:
+            print_safe(f"{number} of {len(trials)} trials have trained to step {until} already")
+        for trial, reason in run_trials(left, until=until, slots=config.slots, ranks=config.ranks, stop=self.stop):
+            number += 1
             if reason is not None:
-                self.failures[trial.name] = reason
-            number = f"{len(trials) - len(left) + 1 + left.index(trial)}/{len(trials)}"
-            print_safe(f"{number} {trial.name}: {reason or self._shown(trial)}")
+                self._failures[trial.name] = reason
+            print_safe(f"{number}/{len(trials)} {trial.name}: {reason or self._shown(trial, until)}")
             write_sweep(self.sweep.folder, config, self.outcomes())
 
     def outcomes(self) -> list[CandidateOutcome]:
-        """Read the outcome of every candidate."""
-        return [self._outcome(candidate) for candidate in self.sweep.candidates]
+        """Read the outcome of every candidate that has begun."""
+        return [self._outcome(one) for one in self.sweep.candidates if self._last_step[one.name]]
 
     def _outcome(self, candidate: Candidate) -> CandidateOutcome:
         trials, results, failures = self.sweep.trials_of(candidate), {}, {}
+        until = self._last_step[candidate.name]
         for trial in trials:
-            if trial.name in self.failures:
-                failures[trial.name] = self.failures[trial.name]
-            elif has_trained(trial, trial.config.train.steps):
+            if trial.name in self._failures:
+                failures[trial.name] = self._failures[trial.name]
+            elif has_trained(trial, until):
                 try:
-                    results[trial.fold, trial.seed] = read_result(trial, self.sweep.config.metric, _steps(trial))
+                    results[trial.fold, trial.seed] = read_result(trial, self.sweep.config.metric, until)
                 except DataError as error:
                     failures[trial.name] = str(error)
         return CandidateOutcome(
             candidate=candidate,
-            steps=_steps(trials[0]),
-            is_final=True,
+            steps=until,
+            is_final=until == trials[0].config.train.steps,
             results=results,
             failures=failures,
             num_trials=len(trials),
         )
 
-    def _shown(self, trial: Trial) -> str:
+    def _shown(self, trial: Trial, until: int) -> str:
         try:
-            result = read_result(trial, self.sweep.config.metric, _steps(trial))
+            result = read_result(trial, self.sweep.config.metric, until)
         except DataError as error:
             return str(error)
         return f"{self.sweep.config.metric} {result.value:.4f} in {result.train_s:.1f} s of training"
-
-
-def _steps(trial: Trial) -> int:
-    return trial.config.train.steps

@@ -112,7 +112,7 @@ def sweep_svg(config: SweepConfig, outcomes: Sequence[CandidateOutcome]) -> str:
     body = [
         text(MARGIN, 48, note, "quiet"),
         *by_flops.draw(formatting.rate, lambda value: f"{value:.3f}"),
-        *by_time.draw(formatting.rate, lambda value: f"{value:.3f}"),
+        *by_time.draw(lambda seconds: f"{seconds:.3g}", lambda value: f"{value:.3f}"),
     ]
     return document(body, title=f"Sweep {config.name}", width=by_time.right + MARGIN, height=by_time.bottom + 60)
 

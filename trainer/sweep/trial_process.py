@@ -13,6 +13,7 @@ from trainer.errors import PREEMPTED, ResourceError, StopRequested
 from trainer.supervise.die_with_parent import end_with
 from trainer.supervise.stop_signals import StopSignals
 from trainer.sweep.plan_trials import Trial, write_config
+from trainer.sweep.trial_result import has_trained
 
 _POLL_S = 0.05
 _THREADS = "OMP_NUM_THREADS"
@@ -24,12 +25,14 @@ class TrialProcess:
     It is killed if the sweep is: another sweep can then go on from its checkpoint.
     """
 
-    def __init__(self, trial: Trial, *, ranks: int, threads: int, overrides: Sequence[str] = ()) -> None:
-        """Start it; what it prints goes to a file beside its run folder.
+    def __init__(self, trial: Trial, *, until: int, ranks: int, threads: int) -> None:
+        """Start it, to train up to step `until`; what it prints goes to a file beside its run folder.
 
         Raises:
             ResourceError: if the folder cannot be written.
         """
+        self.is_last = until >= trial.config.train.steps
+        overrides = [] if self.is_last else [f"train.stop_after={until}"]
         self.trial, self.log = trial, trial.folder.path.with_name(f"{trial.name}.log")
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -76,9 +79,9 @@ def threads_of(slots: int, ranks: int, environment: Mapping[str, str] = os.envir
 
 
 def run_trials(
-    trials: Sequence[Trial], *, slots: int, ranks: int, stop: StopSignals, overrides: Sequence[str] = ()
+    trials: Sequence[Trial], *, until: int, slots: int, ranks: int, stop: StopSignals
 ) -> Iterator[tuple[Trial, str | None]]:
-    """Train trials, `slots` at a time; yield each as it ends, with the reason if it failed.
+    """Train trials up to step `until`, `slots` at a time; yield each as it ends, with the reason if it failed.
 
     Raises:
         StopRequested: after a stop signal, once all have saved and stopped; a second signal kills them.
@@ -88,7 +91,7 @@ def run_trials(
     try:
         while waiting or running:
             while waiting and len(running) < slots and not stop.count:
-                running.append(TrialProcess(waiting.popleft(), ranks=ranks, threads=threads, overrides=overrides))
+                running.append(TrialProcess(waiting.popleft(), until=until, ranks=ranks, threads=threads))
             if stop.count:
                 _stop(running, stop)
                 raise StopRequested(f"stopped by {stop.name}: trials have saved; repeat the command to continue")
@@ -98,7 +101,8 @@ def run_trials(
                 code = process.poll()
                 if code == PREEMPTED and stop.count:  # the signal reached the trial too
                     continue
-                yield process.trial, process.reason(code) if code else None
+                has_ended = code == (0 if process.is_last else PREEMPTED) and has_trained(process.trial, until)
+                yield process.trial, None if has_ended else process.reason(code or 0)
     finally:
         for process in running:
             process.kill()

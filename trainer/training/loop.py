@@ -37,6 +37,9 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
     ):  # the moments are compared too, and so allocated here
         anomalies.check_replicas(run, run.start_step)
     stop.begin_steps()
+    if config.train.stop_after is not None and run.start_step >= config.train.stop_after:
+        run.console.message(f"already at step {run.start_step}: train.stop_after is {config.train.stop_after}")
+        return None
     if run.early_stopping.is_over and run.start_step < config.train.steps:  # it does not go on by itself
         run.stopped_at = run.start_step
         run.console.message(f"already stopped early after step {run.start_step}: {run.early_stopping.reason}")
@@ -45,9 +48,11 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         recorder.step, recorder.is_in_step = done, step > run.start_step
         result, lr = _take_step(run, step, pace, status)
         recorder.enter("agreeing on a stop")
-        is_logged = every(config.metrics.log_every, done) or is_last or done == run.start_step + 1
-        is_saved = every(config.checkpoint.every, done) or is_last
+        is_end = is_last or done == config.train.stop_after
+        is_logged = every(config.metrics.log_every, done) or is_end or done == run.start_step + 1
+        is_saved = every(config.checkpoint.every, done) or is_end
         stopped_by, is_folder_lost = _agree(run, stop, checks_folder=is_logged or is_saved or keeps_best)
+        stopped_by = stopped_by or ("train.stop_after" if is_end and not is_last else None)
         if is_folder_lost:  # its state is still in memory and is saved next; another run may have taken the folder
             with raise_together(run.mesh.world):
                 if run.mesh.layout.rank == 0:
@@ -155,7 +160,7 @@ def _micro_batches(run: RunState, first_row: int) -> list[Batch]:
 def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport | None:
     """Run and log the evaluations that are due after `done` steps; None: there are none."""
     is_last = done == run.config.train.steps
-    with_held_out = every(run.config.eval.every, done) or is_last
+    with_held_out = every(run.config.eval.every, done) or is_last or done == run.config.train.stop_after
     tasks = due_tasks(run.tasks, done, with_held_out=with_held_out, is_last=is_last)
     if not with_held_out and not tasks:
         return None

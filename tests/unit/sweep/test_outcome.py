@@ -3,21 +3,8 @@
 import numpy as np
 import pytest
 
-from trainer.sweep.candidates import Candidate
+from tests.sweep_outcomes import outcome
 from trainer.sweep.outcome import CandidateOutcome, behind, recommend, standard_error
-from trainer.sweep.trial_result import TrialResult
-
-
-def outcome(name: str, *values: float, flops: float | None = 1.0, trials: int | None = None) -> CandidateOutcome:
-    results: dict[tuple[int | None, int], TrialResult] = {
-        (None, seed): TrialResult(
-            value=value, train_s=1.0, training_flops=flops, forward_flops_per_token=None, active_parameters=None
-        )
-        for seed, value in enumerate(values)
-    }
-    candidate = Candidate(name=name, changes={}, places={})
-    number = len(values) if trials is None else trials
-    return CandidateOutcome(candidate=candidate, steps=9, is_final=True, results=results, num_trials=number)
 
 
 def chosen(*outcomes: CandidateOutcome, maximize: bool = False) -> str | None:
@@ -53,6 +40,8 @@ def test_a_larger_metric_can_be_better() -> None:
 def test_what_cannot_be_compared_is_not_chosen() -> None:
     assert chosen(outcome("failed", 1.0, trials=2), outcome("whole", 2.0, 2.2)) == "whole"
     assert chosen(outcome("failed", 1.0, trials=2)) is None and chosen() is None
+    only = recommend([outcome("failed", 1.0, trials=2), outcome("whole", 2.0, 2.2)])
+    assert only is not None and only.reason == "the only one that has trained to the end"
     alone = recommend([outcome("a", 2.0, flops=9.0), outcome("b", 2.0001, flops=1.0)])
     assert alone is not None and alone.name == "a" and "give seeds or folds" in alone.reason
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.launched_ranks import ROOT
+from tests.sweep_outcomes import places
 from tests.tiny_training import CONFIG, train_here
 from trainer.errors import PREEMPTED
 from trainer.sweep.plan_trials import Trial, plan_sweep
@@ -22,15 +23,11 @@ common: {model.moe.router: {kind: top_k, normalize: false}, train.steps: 60, che
 over: {model.moe.router.top_k: [1, 2]}
 points: [{name: orphan, init_from: {run: nowhere}}]
 """
-PATIENCE_S = 100
-
-
-def overrides(folder: Path) -> list[str]:
-    return [f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache"]
+PATIENCE_S = 240
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "trainer", "sweep", str(folder / "s.yaml"), *overrides(folder)]
+    command = [sys.executable, "-m", "trainer", "sweep", str(folder / "s.yaml"), *places(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
@@ -69,12 +66,12 @@ def test_a_sweep_that_was_killed_three_times_ends_with_the_same_table(tmp_path: 
         (tmp_path / name / "tiny.yaml").write_text(CONFIG)
         (tmp_path / name / "s.yaml").write_text(SWEEP)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    never_stopped = plan_sweep(whole / "s.yaml", [*overrides(whole), "points=[]"])
+    never_stopped = plan_sweep(whole / "s.yaml", [*places(whole), "points=[]"])
     for trial in never_stopped.trials:
         train_here(trial.config)
     assert run_sweep(never_stopped) == 0, "both have trained already"
 
-    first, second, orphan = plan_sweep(killed / "s.yaml", overrides(killed)).trials
+    first, second, orphan = plan_sweep(killed / "s.yaml", places(killed)).trials
     for trial in (first, first, second):
         code, said, step = interrupt(killed, signal.SIGKILL, trial)
         assert (code, step < 60) == (-signal.SIGKILL, True), said
@@ -83,7 +80,7 @@ def test_a_sweep_that_was_killed_three_times_ends_with_the_same_table(tmp_path: 
     assert not orphan.folder.path.exists()
     last = start(killed)
     said, _ = last.communicate(timeout=PATIENCE_S)
-    assert last.returncode == FAILED and "1 of 3 trials have trained already" in said
+    assert last.returncode == FAILED and "1 of 3 trials have trained to step 60 already" in said
     reason = f"{orphan.name}: exit code "
     assert f"failed: {reason}" in said and "nowhere" in said
     assert newest_step(first) == newest_step(second) == 60
