@@ -78,6 +78,7 @@ class Branch:
             self._write_manifest(folder, manifest, {"id": run_id, "parent": asdict(parent)})
             _copy_log(self.parent.metrics, folder.metrics, manifest, "metrics")
             _copy_log(self.parent.routing, folder.routing, manifest, "routing")
+            _copy_log(self.parent.alarms, folder.alarms, manifest, "alarms")
             self._copy_small_files(folder)
             self._write_small_files(folder, run_id=run_id, parent=parent)
             fault_injection.hit("branch.written")

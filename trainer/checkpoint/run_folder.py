@@ -4,7 +4,7 @@
       config.yaml  environment.json  run_id  origin.json  tokenizer.json  made_from.json if it was made from another run
       chat_template.jinja  special_tokens_map.json    if it trains on chats
       source/    as published, if imported
-      metrics.jsonl  routing.jsonl  checkpoints/  status/
+      metrics.jsonl  routing.jsonl  alarms.jsonl  checkpoints/  status/
       predictions/  skipped_rows.jsonl  experts.svg  routing_record/
       wandb/  tensorboard/  profile/  deepspeed/    if enabled
 
@@ -45,6 +45,7 @@ class RunFolder:
         self.made_from = path / "made_from.json"
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"
+        self.alarms = path / "alarms.jsonl"
         self.routing_record = path / "routing_record"
         self.checkpoints = path / "checkpoints"
         self.skipped_rows = path / "skipped_rows.jsonl"

@@ -52,6 +52,12 @@ class RoutingSums(TensorSums):
     """(1,) int64 tokens with such an expert in any layer."""
     missed_mass: Tensor | None = None
     """(L,) share of the scores that the router's choice has and the given experts have not."""
+    router_squares: Tensor | None = None
+    """(L,) squared norms of the routers' gradients in float64, NaN for frozen ones; None: not measured."""
+    prob_sum: Tensor | None = None
+    """(L, E) router probabilities, or (L, E + 1) with null experts; None if the router has none."""
+    bias: Tensor | None = None
+    """(L, E) selection biases, or (L, E + 1); None if the routers have none. No sums: for the copy to the host."""
 
     @classmethod
     def of(cls, moe: Sequence[MoEStats]) -> "RoutingSums | None":

@@ -43,6 +43,7 @@ class NativeEngine(StepEngine):
         scale_rates(self.optimizer, {p: self.rate_factors[name] for name, p in self.learning.items()})
         self._dense = [p for name, p in self.learning.items() if name not in self.first_expert]
         self._experts = [p for name, p in self.learning.items() if name in self.first_expert]
+        self._routers = [list(moe.router.parameters()) for moe in model.moe_layers()]
         self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)
             for parameters, group in ((self._dense, self.mesh.world), (self._experts, self.mesh.edp))
@@ -89,6 +90,17 @@ class NativeEngine(StepEngine):
             if gradients:
                 square = square + square_norm(gradients)
         return square
+
+    def _router_squares(self) -> Tensor:
+        """Return this rank's part of the squared norm of each router's gradient (L,), NaN for frozen ones."""
+        is_first, none = self.mesh.layout.rank == 0, torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = []
+        for parameters in self._routers:
+            counted = [p for p in parameters if (is_first_copy(p) if is_sharded(p) else is_first)]
+            gradients = [local(p.grad) for p in counted if p.grad is not None]
+            square = square_norm(gradients) if gradients else none
+            squares.append(square if any(p.requires_grad for p in parameters) else none / 0)
+        return torch.stack(squares) if squares else none[None]
 
     def _update(self, lr: float, grad_norm: float) -> None:
         """Clip, update and discard the gradient."""

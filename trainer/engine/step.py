@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,10 @@ class StepEngine(Engine):
     def _reduce_gradients(self) -> Tensor:
         """Finish the reduction of gradients over ranks; return this rank's part of the squared norm, in float64."""
 
+    def _router_squares(self) -> Tensor | None:
+        """Return this rank's parts of the squared norm of each router's gradient (L,); None: not measured."""
+        return None
+
     @abstractmethod
     def _update(self, lr: float, grad_norm: float) -> None:
         """Clip the gradient, update the weights and discard the gradient."""
@@ -170,7 +174,9 @@ class StepEngine(Engine):
             routing = here if routing is None or here is None else routing + here
         recorder.enter("gradient sums")
         square, local_objective = self._reduce_gradients(), torch.as_tensor(total.objective)
+        routing = routing and replace(routing, router_squares=self._router_squares())
         total, choices, routing, square = self._reduce_sums(total, choices, routing, square)
+        routing = routing and replace(routing, prob_sum=total.prob_sum)
         if self.losses is not None and self.global_stats.is_balance_only_logged and total.prob_sum is not None:
             tokens, num_null_experts = denominators.routed_tokens, self.losses.num_null_experts
             total.balance_loss = global_balance_loss(

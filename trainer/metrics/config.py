@@ -13,6 +13,7 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import Count, Rows, Steps, Whole
 from trainer.config.plugins import KindConfig, Pluggable
 from trainer.errors import ConfigError
+from trainer.metrics.alarms.config import AlarmsConfig
 
 _NOT_IN_A_PROJECT = r"/\#?%:"
 Label = Annotated[str, Field(min_length=1, max_length=128, pattern=LINE_PATTERN)]
@@ -105,6 +106,8 @@ class MetricsConfig(Config):
     """Rows of each domain's held-out text to compare, always the same; each takes a linear programme."""
     routing_record: RoutingRecordConfig | None = None
     """Record each token's experts, before drops (docs/routing_replay.md). Null: no record."""
+    alarms: AlarmsConfig | None = AlarmsConfig()
+    """Alarms while training (docs/alarms.md). Null: none."""
     heatmap_every: Count | None = 10
     """Logged steps between expert loads in wandb and TensorBoard (1 is an even share), a heat map over steps for each
     MoE layer. Null: never."""

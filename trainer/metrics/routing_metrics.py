@@ -3,6 +3,7 @@
 # L MoE layers, E experts.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,38 @@ def routing_metrics(
         "router_entropy": entropy,
         "experts_per_token": float(load.sum()) / max(1.0, float(tokens.sum())),
     }
+
+
+def router_metrics(
+    *, tokens: Tensor, entropy_sum: Tensor | None, prob_sum: Tensor | None, router_squares: Tensor | None
+) -> dict[str, list[float | None]]:
+    """Return the keys of routing.jsonl about routers, by layer; those that a router does not have are left out.
+
+    Args:
+        tokens: (L,) valid tokens.
+        entropy_sum: (L,) entropy of the router probabilities.
+        prob_sum: (L, E) router probabilities, or (L, E + 1) with null experts.
+        router_squares: (L,) squared norm of the router's gradient, NaN where it is frozen.
+
+    Returns:
+        entropy: nats per token.
+        token_information: nats: entropy of the mean probabilities minus `entropy`; the mutual information of token and
+            expert if experts are drawn by probability. 0 where all tokens have the same probabilities.
+        prob_span: largest minus smallest mean probability of an expert.
+        router_grad_norm: 2-norm of the router's gradient.
+    """
+    routed, keys = tokens.double().clamp(min=1), dict[str, Tensor]()
+    if entropy_sum is not None:
+        keys["entropy"] = entropy_sum.double() / routed
+    if prob_sum is not None:
+        mean = prob_sum.double() / routed[:, None]
+        if entropy_sum is not None:
+            mean = mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
+            keys["token_information"] = torch.special.entr(mean).sum(-1) - keys["entropy"]
+        keys["prob_span"] = mean.amax(-1) - mean.amin(-1)
+    if router_squares is not None:
+        keys["router_grad_norm"] = router_squares.sqrt()
+    return {key: [None if value != value else value for value in values.tolist()] for key, values in keys.items()}
 
 
 def replay_metrics(

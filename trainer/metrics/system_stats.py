@@ -14,6 +14,8 @@ from trainer.step_timer import PARTS, StepPart
 _GB = 1e9
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Memory limits of a container, cgroup versions 2 and 1."""
+_WAITING: tuple[StepPart, ...] = ("dispatch", "combine", "communication", "other")
+"""Parts in which a rank waits for others, or for its device."""
 _MAX_IS_WORST = ("system/process_gb", "system/gpu_peak_gb", "system/cpu_percent")
 _MIN_IS_WORST = ("system/host_free_gb", "system/disk_free_gb")
 
@@ -67,11 +69,21 @@ def reduce_over_ranks(
     times, rest = table.split([len(PARTS), len(stats)], dim=1)
     record: dict[str, float | None] = _named("time", times.mean(0))
     if group.size > 1:
-        record |= _named("time_max", times.amax(0))
+        record |= _named("time_max", times.amax(0)) | _slowest(times)
     for key, values in zip(stats, rest.T, strict=True):
         present = values[~values.isnan()].tolist()
         record[key] = None if not present else min(present) if key in _MIN_IS_WORST else max(present)
     return record
+
+
+def _slowest(times: Tensor) -> dict[str, float | None]:
+    """Return the rank with the longest own time, without waiting for others, and that over the median rank's.
+
+    `times` (ranks, parts) are of a mean step. Of an even number of ranks the lower median is taken: of 2 the faster.
+    """
+    own = times[:, [part not in _WAITING for part in PARTS]].sum(1)
+    rank = int(own.argmax())
+    return {"slowest_rank": rank, "slowest_rank_ratio": float(own[rank] / own.median().clamp(min=1e-9))}
 
 
 def _named(prefix: str, seconds: Tensor) -> dict[str, float | None]:

@@ -31,10 +31,13 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """Writes metrics.jsonl and routing.jsonl, the run's own record that other trackers are built from."""
+    """Writes metrics.jsonl, routing.jsonl and alarms.jsonl, the run's own record that other trackers are built from."""
 
-    def __init__(self, metrics: Path, routing: Path, *, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, metrics: Path, routing: Path, *, warn: Callable[[str], None], alarms: Path | None = None
+    ) -> None:
         self._path = metrics
+        self._alarms = None if alarms is None else JsonlSink(alarms, warn=warn)
         self._metrics, self._routing = JsonlSink(metrics, warn=warn), JsonlSink(routing, warn=warn)
 
     def resume_at(self, step: int, saved: object = None) -> None:
@@ -42,16 +45,25 @@ class JsonlTracker:
         logs = saved if isinstance(saved, Mapping) else {}
         self._metrics.resume_at(step, LogContent.from_record(logs.get("metrics")))
         self._routing.resume_at(step, LogContent.from_record(logs.get("routing")))
+        if self._alarms is not None:
+            self._alarms.resume_at(step, LogContent.from_record(logs.get("alarms")))
 
     def record(self) -> dict[str, dict[str, int]]:
         """Return length and checksum of the logs for a checkpoint, as JSON values."""
-        return {"metrics": self._metrics.content().record(), "routing": self._routing.content().record()}
+        logs = {"metrics": self._metrics, "routing": self._routing}
+        logs |= {} if self._alarms is None else {"alarms": self._alarms}
+        return {name: log.content().record() for name, log in logs.items()}
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
         """Write the lines; they have reached the operating system on return."""
         if experts is not None:
             self._routing.write(experts)
         self._metrics.write(record)
+
+    def log_alarm(self, event: Logged) -> None:
+        """Write a line of alarms.jsonl."""
+        if self._alarms is not None:
+            self._alarms.write(event)
 
     def written(self) -> list[tuple[str, str]]:
         """Return the path of metrics.jsonl."""
@@ -61,6 +73,8 @@ class JsonlTracker:
         """Close the files."""
         self._metrics.close()
         self._routing.close()
+        if self._alarms is not None:
+            self._alarms.close()
 
 
 class PluginTracker:

@@ -1,13 +1,18 @@
 """Log steps and evaluations: to metrics.jsonl, routing.jsonl and the other trackers, and to the console."""
 
+from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from trainer.engine.base import RoutingSums, StepResult
 from trainer.evaluation.eval_report import EvalReport, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap
-from trainer.metrics.routing_metrics import replay_metrics, routing_metrics
+from trainer.metrics.routing_metrics import replay_metrics, router_metrics, routing_metrics
 from trainer.metrics.system_stats import reduce_over_ranks
 from trainer.metrics.throughput import ThroughputMeter
+from trainer.models.gpt import GPT
 from trainer.training.run import RunState
 
 
@@ -38,9 +43,16 @@ def log_step(
     if getattr(run.config.parallel.dispatcher, "row_budget", None) is not None:
         record["repeated_steps"] = run.engine.repeated_steps
     if routing is not None:
-        routing = routing.on_host()
+        routing = replace(routing, bias=selection_bias(run.engine.model)).on_host()
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
         experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
+        experts |= router_metrics(
+            tokens=routing.tokens,
+            entropy_sum=routing.entropy_sum,
+            prob_sum=routing.prob_sum,
+            router_squares=routing.router_squares,
+        )
+        experts |= run.bias_watch.look(done, routing.bias)
         if (replayed := _replay_metrics(run, routing)) is not None:
             record |= replayed[0]
             experts |= replayed[1]
@@ -49,8 +61,20 @@ def log_step(
             experts |= gap.experts()
     record |= reduce_over_ranks(speed.parts, run.machine.read(), run.mesh.host)
     recorder.enter("writing metrics")
+    lines = [] if run.watch is None else run.watch.look(record, experts)
+    if run.watch is not None:
+        record["alarms"] = len(run.watch.alarms.active)
     run.trackers.log(record, experts)
     run.console.step(record)
+    for line in lines:
+        run.console.warning(line)
+
+
+def selection_bias(model: GPT) -> Tensor | None:
+    """Return the selection biases (L, E) of the routers, on their device; None if they have none."""
+    biases = [getattr(layer.router, "bias", None) for layer in model.moe_layers()]
+    tensors = [bias for bias in biases if isinstance(bias, Tensor)]
+    return torch.stack(tensors) if tensors and len(tensors) == len(biases) else None
 
 
 def _replay_metrics(run: RunState, routing: RoutingSums) -> tuple[dict[str, float], dict[str, Any]] | None:

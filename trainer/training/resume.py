@@ -43,6 +43,8 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     run.skipped_steps = int(checkpoint.run["skipped_steps"])
     run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
     run.spikes.restore({} if is_other_text else checkpoint.run.get("spikes", {}))  # losses of the old text
+    if run.watch is not None:
+        run.watch.alarms.restore({} if is_other_text else checkpoint.run.get("alarms", {}))
     if (jump := _rate_jump(stored, run)) is not None:
         run.console.warning(jump)
     before, layout = recorded_layout(checkpoint.manifest), run.layout_record()

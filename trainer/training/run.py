@@ -1,7 +1,7 @@
 """State of one training run, shared by the modules of this package."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from trainer.distributed.version import turnout_version
 from trainer.engine.base import Engine
 from trainer.evaluation.tasks.base import Task
 from trainer.experiment import ExperimentConfig
+from trainer.metrics.bias_watch import BiasWatch
 from trainer.metrics.profiler import Profiler
 from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import ModelSize
@@ -29,6 +30,7 @@ from trainer.training.best_so_far import BestSoFar
 from trainer.training.early_stopping import EarlyStopping
 from trainer.training.routing_recorder import RoutingRecorder
 from trainer.training.spikes import SpikeWindow
+from trainer.training.watch_alarms import AlarmWatch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +59,9 @@ class RunState:
     early_stopping: EarlyStopping
     stopped_at: int | None = None
     """Completed steps when it stopped early; None: it did not."""
+    bias_watch: BiasWatch = field(default_factory=BiasWatch)
+    watch: AlarmWatch | None = None
+    """Alarms; None on ranks that do not write logs, and where they are switched off."""
     recorder: RoutingRecorder | None = None
     """Records the experts of this run's steps; None: no record."""
     replayed: ReplayedRows | None = None
@@ -92,6 +97,7 @@ class RunState:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "spikes": self.spikes.record(),
+            "alarms": {} if self.watch is None else self.watch.alarms.record(),
             "tokens": self.tokens,
             "logs": {} if self.logs is None else self.logs.record(),
             "streams": self.stream.stream_positions(self.position),

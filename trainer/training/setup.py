@@ -50,6 +50,7 @@ from trainer.training.run import RunState
 from trainer.training.run_template import MIXED_CONVERSATIONS, save_template
 from trainer.training.run_text import corpus_of_run
 from trainer.training.spikes import SpikeWindow
+from trainer.training.watch_alarms import AlarmWatch
 
 _PATHS: Any = {"path": True, "data_files": True}
 _HOST_SPECIFIC: Any = {
@@ -149,7 +150,8 @@ def build_model_and_engine(
     logs = None
     with raise_together(mesh.world):
         if mesh.layout.rank == 0:
-            logs = JsonlTracker(folder.metrics, folder.routing, warn=console.warning)
+            alarms = None if config.metrics.alarms is None else folder.alarms
+            logs = JsonlTracker(folder.metrics, folder.routing, alarms=alarms, warn=console.warning)
     with memory.hint(config, "making the weights", note=f" ({size.total_parameters / 1e6:.1f}M parameters in all)"):
         model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     if config.model.moe is not None:
@@ -196,6 +198,7 @@ def build_model_and_engine(
         best=BestSoFar(config.checkpoint.best_metric),
         early_stopping=EarlyStopping(config.train.early_stopping),
         ahead=CopyAhead.to_device(device),
+        watch=AlarmWatch.of(config, model, logs),
         recorder=RoutingRecorder.of(config, folder, corpus, mesh),
         replayed=replay if isinstance(replay, ReplayedRows) else None,
     )

@@ -1,0 +1,159 @@
+"""Alarms of a training: rules over logged numbers, and what rings, rings again and has ended. Imports no torch."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.metrics.alarms.advice import advice
+from trainer.metrics.alarms.balance_rules import DeadExperts, ImbalanceGrowth, collapsed_layers
+from trainer.metrics.alarms.config import AlarmsConfig
+from trainer.metrics.alarms.finding import AlarmName, Finding, TrainingFacts
+from trainer.metrics.alarms.observation import Observation
+from trainer.metrics.alarms.progress_rules import LossPlateau, slow_rank
+from trainer.metrics.alarms.router_rules import router_findings
+
+_FEWEST_LINES = 3
+_WORSE = 2.0
+"""Growth of the severity with which an alarm that goes on is shown again."""
+
+AlarmKey = tuple[AlarmName, int | None, int | None]
+"""Alarm, layer and rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlarmEvent:
+    """A line of alarms.jsonl: an alarm rings, rings again or has ended."""
+
+    step: int
+    state: Literal["rings", "again", "ended"]
+    alarm: AlarmName
+    layer: int | None
+    rank: int | None
+    message: str
+    value: float | None = None
+    threshold: float | None = None
+    advice: str = ""
+    since: int | None = None
+    """First step of the condition."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the line as JSON values."""
+        value = self.value if self.value is not None and math.isfinite(self.value) else None
+        where = {"layer": self.layer} | ({} if self.rank is None else {"rank": self.rank})
+        return {
+            "step": self.step,
+            "alarm": self.alarm,
+            **where,
+            "state": self.state,
+            "since": self.since,
+            "value": value,
+            "threshold": self.threshold,
+            "message": self.message,
+            "advice": self.advice,
+        }
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A condition that holds, or held until lately."""
+
+    since: int
+    lines: int
+    last_step: int
+    """Last logged step at which it held."""
+    shown_step: int | None = None
+    """Step at which its alarm was shown; None: it has not rung."""
+    shown_severity: float = 0.0
+
+
+class Alarms:
+    """All rules of a training, fed with its logged steps in order; the state is small and goes into checkpoints."""
+
+    def __init__(self, config: AlarmsConfig, facts: TrainingFacts) -> None:
+        self._config, self._facts = config, facts
+        self._windows = {
+            "dead": DeadExperts(config, facts),
+            "growth": ImbalanceGrowth(config, facts),
+            "plateau": LossPlateau(config),
+        }
+        self._watched: dict[AlarmKey, _Watched] = {}
+
+    @property
+    def active(self) -> list[AlarmKey]:
+        """Alarms that ring now."""
+        return [key for key, watched in self._watched.items() if watched.shown_step is not None]
+
+    def look(self, observation: Observation) -> list[AlarmEvent]:
+        """Apply the rules to a logged step; return what is to be shown."""
+        found: dict[AlarmKey, Finding] = {}
+        for finding in self._findings(observation):
+            found[finding.alarm, finding.layer, finding.rank] = finding
+        events = [event for key, finding in found.items() if (event := self._hold(observation.step, key, finding))]
+        return events + list(self._release(observation.step, found))
+
+    def _findings(self, observation: Observation) -> Iterator[Finding]:
+        yield from collapsed_layers(observation, self._config, self._facts)
+        yield from router_findings(observation, self._config, self._facts)
+        yield from slow_rank(observation, self._config)
+        for rule in self._windows.values():
+            yield from rule.find(observation)
+
+    def _hold(self, step: int, key: AlarmKey, finding: Finding) -> AlarmEvent | None:
+        """Note that a condition holds; return what is to be shown of its alarm."""
+        since = step if finding.since is None else finding.since
+        watched = self._watched.setdefault(key, _Watched(since=since, lines=0, last_step=step))
+        watched.lines, watched.last_step = watched.lines + 1, step
+        is_lasting = step - watched.since >= self._config.patience and watched.lines >= _FEWEST_LINES
+        if not (finding.is_lasting or is_lasting):
+            return None
+        is_new = watched.shown_step is None
+        is_worse = finding.severity >= _WORSE * watched.shown_severity
+        if not is_new and not is_worse and step - (watched.shown_step or 0) < self._config.repeat_after:
+            return None
+        watched.shown_step, watched.shown_severity = step, finding.severity
+        return AlarmEvent(
+            step=step,
+            state="rings" if is_new else "again",
+            alarm=finding.alarm,
+            layer=finding.layer,
+            rank=finding.rank,
+            message=finding.place + finding.text,
+            value=finding.value,
+            threshold=finding.threshold,
+            advice=advice(finding, self._facts).replace("{step}", str(watched.since)),
+            since=watched.since,
+        )
+
+    def _release(self, step: int, found: Mapping[AlarmKey, Finding]) -> Iterator[AlarmEvent]:
+        """Forget conditions that hold no longer; an alarm ends after as many steps without it as it took to ring."""
+        for key, watched in list(self._watched.items()):
+            if key in found or (watched.shown_step is not None and step - watched.last_step < self._config.patience):
+                continue
+            del self._watched[key]
+            if watched.shown_step is not None:
+                alarm, layer, rank = key
+                where = "" if layer is None else f"layer {layer}: "
+                message = f"{where}{alarm} has ended; it was last seen at step {watched.last_step}"
+                yield AlarmEvent(
+                    step=step,
+                    state="ended",
+                    alarm=alarm,
+                    layer=layer,
+                    rank=rank,
+                    message=message,
+                    since=watched.since,
+                )
+
+    def record(self) -> dict[str, Any]:
+        """Return the state for a checkpoint, as JSON values."""
+        watched = [
+            [*key, w.since, w.lines, w.last_step, w.shown_step, w.shown_severity] for key, w in self._watched.items()
+        ]
+        return {"watched": watched, **{name: rule.record() for name, rule in self._windows.items()}}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Restore a `record`; an empty one, of a checkpoint without alarms, begins anew."""
+        self._watched = {(a, layer, rank): _Watched(*rest) for a, layer, rank, *rest in record.get("watched", [])}
+        for name, rule in self._windows.items():
+            rule.restore(record.get(name, {}))

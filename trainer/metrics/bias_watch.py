@@ -1,0 +1,28 @@
+"""How far the selection biases of routers spread, and how fast they move.
+
+# L MoE layers, E experts.
+"""
+
+from torch import Tensor
+
+
+class BiasWatch:
+    """Compares the biases of a logged step with those of the one before, in the same process."""
+
+    def __init__(self) -> None:
+        self._before: tuple[int, Tensor] | None = None
+
+    def look(self, step: int, bias: Tensor | None) -> dict[str, list[float | None]]:
+        """Return the keys of routing.jsonl, given the biases (L, E) on the host; nothing if there are none.
+
+        Returns:
+            bias_span: largest minus smallest bias of each layer.
+            bias_change: largest change of a bias per step since the line before; null in the first line of a process.
+        """
+        if bias is None:
+            return {}
+        before, self._before = self._before, (step, bias)
+        changes: list[float | None] = [None] * len(bias)
+        if before is not None and step > before[0]:
+            changes = ((bias - before[1]).abs().amax(-1) / (step - before[0])).tolist()
+        return {"bias_span": (bias.amax(-1) - bias.amin(-1)).tolist(), "bias_change": changes}
