@@ -15,6 +15,8 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
+        self.alerts: list[dict[str, Any]] = []
+        """Variables of all alerts, in order."""
         self.paths: list[str] = []
         """Paths of all requests, in order."""
         self.answers = threading.Event()
@@ -108,6 +110,9 @@ class _Requests(BaseHTTPRequestHandler):
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.kept.url}/upload"} for file in given["files"]]
             return {"createRunFiles": {"runID": "Ug==", "uploadHeaders": [], "files": files}}
+        if name == "NotifyScriptableRunAlert":
+            self.kept.alerts.append(given)
+            return {"notifyScriptableRunAlert": {"success": True}}
         if name == "Viewer":
             return {"viewer": {"id": "Vg==", "entity": "team", "username": "me", "flags": "{}", "teams": {"edges": []}}}
         return {"serverInfo": {"features": []}}

@@ -85,9 +85,7 @@ class NativeEngine(StepEngine):
             gradient_reducer.finish()
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
         for mine, is_first in ((self._dense, layout.rank == 0), (self._experts, layout.edp_rank == 0)):
-            counted = [p for p in mine if (is_first_copy(p) if is_sharded(p) else is_first)]  # copies are not
-            gradients = [local(p.grad) for p in counted if p.grad is not None]
-            if gradients:
+            if gradients := _counted(mine, is_first=is_first):
                 square = square + square_norm(gradients)
         return square
 
@@ -96,8 +94,7 @@ class NativeEngine(StepEngine):
         is_first, none = self.mesh.layout.rank == 0, torch.zeros((), dtype=torch.float64, device=self.device)
         squares = []
         for parameters in self._routers:
-            counted = [p for p in parameters if (is_first_copy(p) if is_sharded(p) else is_first)]
-            gradients = [local(p.grad) for p in counted if p.grad is not None]
+            gradients = _counted(parameters, is_first=is_first)
             square = square_norm(gradients) if gradients else none
             squares.append(square if any(p.requires_grad for p in parameters) else none / 0)
         return torch.stack(squares) if squares else none[None]
@@ -160,3 +157,12 @@ class NativeEngine(StepEngine):
             for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter)
         return state
+
+
+def _counted(parameters: Sequence[torch.nn.Parameter], *, is_first: bool) -> list[Tensor]:
+    """Return the gradients here that count for a norm over all ranks, those of one copy of each weight.
+
+    `is_first`: this rank has the first copy of what is not sharded.
+    """
+    counted = [p for p in parameters if (is_first_copy(p) if is_sharded(p) else is_first)]
+    return [local(p.grad) for p in counted if p.grad is not None]

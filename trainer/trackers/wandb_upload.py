@@ -119,9 +119,12 @@ class Uploader:
         last_sent = (first_missing - 1) // 2
         if last_sent > start:
             self.say(f"steps {start + 1} to {last_sent} were sent before and are not sent again")
-        metrics = Tail(self._folder / "metrics.jsonl")
+        metrics, alarms = (Tail(self._folder / name) for name in ("metrics.jsonl", "alarms.jsonl"))
         while True:
             is_over = self._end.has_come.is_set()  # if so, this is the last read
+            for alarm in alarms.new():
+                if 2 * int(alarm.get("step", 0)) >= first_missing and alarm.get("state") != "ended":
+                    run.alert(f"alarm {alarm['alarm']}", f"step {alarm['step']}: {alarm['message']}; {alarm['advice']}")
             for record in metrics.new():
                 step = record.get("step")
                 if type(step) is not int:

@@ -7,8 +7,8 @@ from typing import Any
 
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.alarms.alarms import AlarmEvent, Alarms
-from trainer.metrics.alarms.finding import TrainingFacts
 from trainer.metrics.alarms.observation import Observation
+from trainer.metrics.alarms.symptom import TrainingFacts
 from trainer.models.freeze import is_frozen
 from trainer.models.gpt import GPT
 from trainer.trackers.base import JsonlTracker

@@ -74,7 +74,8 @@ class Attempt:
     warned: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.logs = JsonlTracker(self.folder / "metrics.jsonl", self.folder / "routing.jsonl", warn=self.warned.append)
+        metrics, routing, alarms = (self.folder / f"{name}.jsonl" for name in ("metrics", "routing", "alarms"))
+        self.logs = JsonlTracker(metrics, routing, alarms=alarms, warn=self.warned.append)
         self.logs.resume_at(self.start_step)
         self.wandb = WandbTracker(
             self.folder,
@@ -96,6 +97,11 @@ class Attempt:
             self._log({"step": step, "loss": 9.0 / step, "mfu": None}, experts)
             if step % 10 == 0:
                 self._log({"step": step, "eval/loss": abs(step - 10.0) + 1})
+
+    def ring(self, step: int, state: str = "rings") -> None:
+        """Log an alarm."""
+        text = {"message": "layer 1: few experts", "advice": "a cure"}
+        self.logs.log_alarm({"step": step, "alarm": "collapse", "state": state, **text})
 
     def _log(self, record: dict[str, Any], experts: dict[str, Any] | None = None) -> None:
         self.logs.log(record, experts)
@@ -140,6 +146,7 @@ def received(server: WandbServer) -> list[dict[str, Any]]:
 
 def test_a_killed_online_run_resumes_where_its_server_is(tmp_path: Path, server: WandbServer):
     first = Attempt(tmp_path)
+    first.ring(12)
     first.train(25)
     first.wait_for(first.said)
     first.kill()
@@ -147,10 +154,15 @@ def test_a_killed_online_run_resumes_where_its_server_is(tmp_path: Path, server:
     shutil.rmtree(tmp_path / "snapshot/.cache")  # its service may still be writing its own log
     shared = content_of(tmp_path / "snapshot")
     second = Attempt(tmp_path, start_step=20)
+    second.ring(27, "ended")
+    second.ring(28)
     second.train(30)
     second.finish()
     assert content_of(tmp_path / "snapshot") == shared, "another name of the same files was written through"
     assert received(server) == written(tmp_path)
+    assert [(alert["title"], alert["text"].split(";")) for alert in server.alerts] == [
+        ("alarm collapse", [f"step {step}: layer 1: few experts", " a cure"]) for step in (12, 28)
+    ], "an alarm is sent once, its end is not"
     assert server.url in second.said[0] and not second.warned
     assert second.said[1] == "wandb: steps 21 to 25 were sent before and are not sent again"
     assert second.wandb.written() == [("wandb", second.said[0].removeprefix("wandb: "))]

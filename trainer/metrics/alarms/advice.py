@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from trainer.metrics.alarms.finding import AlarmName, Finding, TrainingFacts
+from trainer.metrics.alarms.symptom import AlarmName, Symptom, TrainingFacts
 
 _COEF, _RATE = 0.01, 0.001
 """Defaults of the balance loss (Switch) and of the bias's update rate (arXiv 2408.15664)."""
 
 
-def advice(finding: Finding, facts: TrainingFacts) -> str:
+def advice(symptom: Symptom, facts: TrainingFacts) -> str:
     """Return what to change, with the values that the keys have now."""
-    return _CURES[finding.alarm](finding, facts)
+    return _CURES[symptom.alarm](symptom, facts)
 
 
 def _stronger_balance(facts: TrainingFacts) -> str:
@@ -35,11 +35,11 @@ def _lower_rate(facts: TrainingFacts) -> str:
     return f"lower {lower}, or the router's alone: train.lr_scale={{router: 0.1}}"
 
 
-def _collapse(finding: Finding, facts: TrainingFacts) -> str:
+def _collapse(symptom: Symptom, facts: TrainingFacts) -> str:
     return f"{_stronger_balance(facts)}; {_lower_rate(facts)}; resume from a checkpoint before step {{step}}"
 
 
-def _alike(finding: Finding, facts: TrainingFacts) -> str:
+def _alike(symptom: Symptom, facts: TrainingFacts) -> str:
     coef, cures = facts.balance_coef, list[str]()
     if coef > _COEF:
         cures.append(f"lower model.moe.balance.coef={_COEF:g} (now {coef:g})")
@@ -52,41 +52,41 @@ def _alike(finding: Finding, facts: TrainingFacts) -> str:
     return "; ".join([*cures, "start with larger router weights: model.init_std"])
 
 
-def _dead(finding: Finding, facts: TrainingFacts) -> str:
-    remove = f"{facts.num_experts - len(finding.experts)}"
+def _dead(symptom: Symptom, facts: TrainingFacts) -> str:
+    remove = f"{facts.num_experts - len(symptom.experts)}"
     return (
         f"{_stronger_balance(facts)}; or take them out: turnout surgery prune RUN NAME --keep {remove}, "
         "or put noisy copies of busy experts beside them: turnout surgery add RUN NAME --count "
-        f"{len(finding.experts)} --noise 0.1"
+        f"{len(symptom.experts)} --noise 0.1"
     )
 
 
-def _inert(finding: Finding, facts: TrainingFacts) -> str:
+def _inert(symptom: Symptom, facts: TrainingFacts) -> str:
     if facts.is_router_frozen:
         return "a frozen router's bias stops too: take router out of train.freeze"
-    if "decides alone" in finding.text:
+    if "decides alone" in symptom.text or "swings" in symptom.text:
         rate = facts.bias_update_rate or 0.0
         return f"lower the bias's rate: model.moe.router.bias_update_rate={min(_RATE, rate / 10):g} (now {rate:g})"
     return f"{_faster_bias(facts)}, or add a balance loss: model.moe.balance.coef=0.001 (now {facts.balance_coef:g})"
 
 
-def _growth(finding: Finding, facts: TrainingFacts) -> str:
+def _growth(symptom: Symptom, facts: TrainingFacts) -> str:
     return f"{_stronger_balance(facts)}; {_lower_rate(facts)}"
 
 
-def _entropy(finding: Finding, facts: TrainingFacts) -> str:
+def _entropy(symptom: Symptom, facts: TrainingFacts) -> str:
     more = 0.001 if facts.z_loss_coef < 0.001 else 10 * facts.z_loss_coef
     return f"keep the logits small: model.moe.z_loss_coef={more:g} (now {facts.z_loss_coef:g}); {_lower_rate(facts)}"
 
 
-def _gradient(finding: Finding, facts: TrainingFacts) -> str:
+def _gradient(symptom: Symptom, facts: TrainingFacts) -> str:
     cures = [f"give the router a gradient: model.moe.balance.coef={_COEF:g} (now {facts.balance_coef:g})"]
     cures.append(f"keep its probabilities from saturating: model.moe.z_loss_coef=0.001 (now {facts.z_loss_coef:g})")
     return "; ".join(cures)
 
 
-def _plateau(finding: Finding, facts: TrainingFacts) -> str:
-    if "rate is 0" in finding.text:
+def _plateau(symptom: Symptom, facts: TrainingFacts) -> str:
+    if "rate is 0" in symptom.text:
         return f"set schedule.peak_lr=0.001 (now {facts.peak_lr or 0:g}), and see schedule.final_fraction"
     if facts.peak_lr is None:
         return "change the learning rate of the schedule, or end the training: train.steps={step}"
@@ -96,15 +96,15 @@ def _plateau(finding: Finding, facts: TrainingFacts) -> str:
     )
 
 
-def _slow(finding: Finding, facts: TrainingFacts) -> str:
+def _slow(symptom: Symptom, facts: TrainingFacts) -> str:
     return (
-        f"look at the host of rank {finding.rank} (clocks, other processes, disk); profile it: "
-        f"profile={{start: N, steps: 3, ranks: [{finding.rank}]}}; with ep_size above 1 its experts may be the "
+        f"look at the host of rank {symptom.rank} (clocks, other processes, disk); profile it: "
+        f"profile={{start: N, steps: 3, ranks: [{symptom.rank}]}}; with ep_size above 1 its experts may be the "
         "busiest: raise model.moe.balance.coef, or set parallel.ep_size=1"
     )
 
 
-_CURES: dict[AlarmName, Callable[[Finding, TrainingFacts], str]] = {
+_CURES: dict[AlarmName, Callable[[Symptom, TrainingFacts], str]] = {
     "collapse": _collapse,
     "alike_tokens": _alike,
     "dead_experts": _dead,

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from trainer.metrics.alarms.advice import advice
 from trainer.metrics.alarms.balance_rules import DeadExperts, ImbalanceGrowth, collapsed_layers
 from trainer.metrics.alarms.config import AlarmsConfig
-from trainer.metrics.alarms.finding import AlarmName, Finding, TrainingFacts
 from trainer.metrics.alarms.observation import Observation
 from trainer.metrics.alarms.progress_rules import LossPlateau, slow_rank
-from trainer.metrics.alarms.router_rules import router_findings
+from trainer.metrics.alarms.router_rules import router_symptoms
+from trainer.metrics.alarms.symptom import AlarmName, Symptom, TrainingFacts
 
 _FEWEST_LINES = 3
 _WORSE = 2.0
@@ -86,46 +86,46 @@ class Alarms:
 
     def look(self, observation: Observation) -> list[AlarmEvent]:
         """Apply the rules to a logged step; return what is to be shown."""
-        found: dict[AlarmKey, Finding] = {}
-        for finding in self._findings(observation):
-            found[finding.alarm, finding.layer, finding.rank] = finding
-        events = [event for key, finding in found.items() if (event := self._hold(observation.step, key, finding))]
+        found: dict[AlarmKey, Symptom] = {}
+        for symptom in self._symptoms(observation):
+            found[symptom.alarm, symptom.layer, symptom.rank] = symptom
+        events = [event for key, symptom in found.items() if (event := self._hold(observation.step, key, symptom))]
         return events + list(self._release(observation.step, found))
 
-    def _findings(self, observation: Observation) -> Iterator[Finding]:
+    def _symptoms(self, observation: Observation) -> Iterator[Symptom]:
         yield from collapsed_layers(observation, self._config, self._facts)
-        yield from router_findings(observation, self._config, self._facts)
+        yield from router_symptoms(observation, self._config, self._facts)
         yield from slow_rank(observation, self._config)
         for rule in self._windows.values():
             yield from rule.find(observation)
 
-    def _hold(self, step: int, key: AlarmKey, finding: Finding) -> AlarmEvent | None:
+    def _hold(self, step: int, key: AlarmKey, symptom: Symptom) -> AlarmEvent | None:
         """Note that a condition holds; return what is to be shown of its alarm."""
-        since = step if finding.since is None else finding.since
+        since = step if symptom.since is None else symptom.since
         watched = self._watched.setdefault(key, _Watched(since=since, lines=0, last_step=step))
         watched.lines, watched.last_step = watched.lines + 1, step
         is_lasting = step - watched.since >= self._config.patience and watched.lines >= _FEWEST_LINES
-        if not (finding.is_lasting or is_lasting):
+        if not (symptom.is_lasting or is_lasting):
             return None
         is_new = watched.shown_step is None
-        is_worse = finding.severity >= _WORSE * watched.shown_severity
+        is_worse = symptom.severity >= _WORSE * watched.shown_severity
         if not is_new and not is_worse and step - (watched.shown_step or 0) < self._config.repeat_after:
             return None
-        watched.shown_step, watched.shown_severity = step, finding.severity
+        watched.shown_step, watched.shown_severity = step, symptom.severity
         return AlarmEvent(
             step=step,
             state="rings" if is_new else "again",
-            alarm=finding.alarm,
-            layer=finding.layer,
-            rank=finding.rank,
-            message=finding.place + finding.text,
-            value=finding.value,
-            threshold=finding.threshold,
-            advice=advice(finding, self._facts).replace("{step}", str(watched.since)),
+            alarm=symptom.alarm,
+            layer=symptom.layer,
+            rank=symptom.rank,
+            message=symptom.place + symptom.text,
+            value=symptom.value,
+            threshold=symptom.threshold,
+            advice=advice(symptom, self._facts).replace("{step}", str(watched.since)),
             since=watched.since,
         )
 
-    def _release(self, step: int, found: Mapping[AlarmKey, Finding]) -> Iterator[AlarmEvent]:
+    def _release(self, step: int, found: Mapping[AlarmKey, Symptom]) -> Iterator[AlarmEvent]:
         """Forget conditions that hold no longer; an alarm ends after as many steps without it as it took to ring."""
         for key, watched in list(self._watched.items()):
             if key in found or (watched.shown_step is not None and step - watched.last_step < self._config.patience):

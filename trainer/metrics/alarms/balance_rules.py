@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.metrics.alarms.config import AlarmsConfig
-from trainer.metrics.alarms.finding import Finding, TrainingFacts, below
 from trainer.metrics.alarms.observation import Observation
+from trainer.metrics.alarms.symptom import Symptom, TrainingFacts, severity_below
 
 _FEWEST_EXPECTED = 20.0
 """Assignments of an even share below which an expert may be without any by chance."""
@@ -24,7 +24,7 @@ def imbalance_limit(config: AlarmsConfig, observation: Observation, layer: int) 
     return min(config.imbalance, (1 + most) / 2) if most > 1 else math.inf
 
 
-def collapsed_layers(observation: Observation, config: AlarmsConfig, facts: TrainingFacts) -> Iterator[Finding]:
+def collapsed_layers(observation: Observation, config: AlarmsConfig, facts: TrainingFacts) -> Iterator[Symptom]:
     """Yield the layers where few experts take nearly all tokens."""
     k = max(1.0, observation.experts_per_token)
     for layer, counts in enumerate(observation.counts):
@@ -34,13 +34,13 @@ def collapsed_layers(observation: Observation, config: AlarmsConfig, facts: Trai
         used = math.exp(-math.fsum(c / total * math.log(c / total) for c in counts if c))
         share = max(0.0, (used - k) / spare)
         if share < config.collapse:
-            yield Finding(
+            yield Symptom(
                 alarm="collapse",
                 layer=facts.layers[layer],
                 value=share,
                 threshold=config.collapse,
                 text=f"nearly all tokens go to {used:.1f} of {len(counts)} experts, at {k:.3g} a token",
-                severity=below(share, config.collapse),
+                severity=severity_below(share, config.collapse),
             )
 
 
@@ -52,7 +52,7 @@ class DeadExperts:
         self._since: dict[str, list[int]] = {}
         """First step without tokens and logged steps since, by "layer.expert"."""
 
-    def find(self, observation: Observation) -> Iterator[Finding]:
+    def find(self, observation: Observation) -> Iterator[Symptom]:
         """Yield the layers that have dead experts."""
         limit, step, patience = self._config.dead_expert, observation.step, self._config.patience
         if limit is None or not self._facts.learns_routing:
@@ -71,7 +71,7 @@ class DeadExperts:
             if dead:
                 since = min(self._since[f"{layer}.{e}"][0] for e in dead)
                 names = ", ".join(map(str, dead[:8])) + (", ..." if len(dead) > 8 else "")
-                yield Finding(
+                yield Symptom(
                     alarm="dead_experts",
                     layer=self._facts.layers[layer],
                     value=len(dead),
@@ -105,7 +105,7 @@ class ImbalanceGrowth:
         self._seen: list[tuple[int, list[float]]] = []
         """Steps, and the imbalance of each layer (L,)."""
 
-    def find(self, observation: Observation) -> Iterator[Finding]:
+    def find(self, observation: Observation) -> Iterator[Symptom]:
         """Yield the layers whose imbalance grows."""
         growth, step = self._config.imbalance_growth, observation.step
         if growth is None or not self._facts.learns_routing:
@@ -122,7 +122,7 @@ class ImbalanceGrowth:
             means = [math.fsum(part) / len(part) for part in (values[:third], values[third:-third], values[-third:])]
             is_rising = means[0] < means[1] < means[2] and means[2] >= growth * means[0]
             if is_rising and means[2] >= imbalance_limit(self._config, observation, layer):
-                yield Finding(
+                yield Symptom(
                     alarm="imbalance_growth",
                     layer=self._facts.layers[layer],
                     value=means[2] / means[0],

@@ -65,6 +65,6 @@ class Observation:
         return max(counts) * len(counts) / total if (total := sum(counts)) else 1.0
 
 
-def at(numbers: Numbers, layer: int) -> float | None:
+def of_layer(numbers: Numbers, layer: int) -> float | None:
     """Return the number of a layer; None if it is unknown."""
     return numbers[layer] if layer < len(numbers) else None

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trainer.metrics.alarms.config import AlarmsConfig
-from trainer.metrics.alarms.finding import Finding
 from trainer.metrics.alarms.observation import Observation
+from trainer.metrics.alarms.symptom import Symptom
 
 _MOST_BLOCKS = 512
 _HELD = 0.5
@@ -34,7 +34,7 @@ class LossPlateau:
         self._lines, self._pending = 1, list[_Block]()  # of a block; logged steps that are no block yet
         self._highest_lr = 0.0
 
-    def find(self, observation: Observation) -> Iterator[Finding]:
+    def find(self, observation: Observation) -> Iterator[Symptom]:
         """Yield a plateau."""
         limit, step, lr = self._config.plateau, observation.step, observation.lr
         self._highest_lr = max(self._highest_lr, lr)
@@ -48,7 +48,7 @@ class LossPlateau:
         elif min(lr, inside[0].lr) >= _HELD * self._highest_lr:
             yield from self._flat(inside, limit)
 
-    def _flat(self, inside: Sequence[_Block], limit: float) -> Iterator[Finding]:
+    def _flat(self, inside: Sequence[_Block], limit: float) -> Iterator[Symptom]:
         half = len(inside) // 2
         halves = [[block.loss for block in part] for part in (inside[:half], inside[half:])]
         (before, noise), (after, more_noise) = map(_mean_and_square_error, halves)
@@ -58,8 +58,8 @@ class LossPlateau:
             text = f"the loss does not fall: {before:.4g} and then {after:.4g} (+- {error:.1g}) over {steps:,} steps"
             yield self._finding(fall / before, limit, f"{text}, at rate {inside[-1].lr:.1e}")
 
-    def _finding(self, value: float, limit: float, text: str) -> Finding:
-        return Finding(alarm="plateau", value=value, threshold=limit, text=text, severity=1.0, is_lasting=True)
+    def _finding(self, value: float, limit: float, text: str) -> Symptom:
+        return Symptom(alarm="plateau", value=value, threshold=limit, text=text, severity=1.0, is_lasting=True)
 
     def _add(self, line: _Block) -> None:
         self._pending.append(line)
@@ -95,12 +95,12 @@ def _mean_and_square_error(losses: Sequence[float]) -> tuple[float, float]:
     return mean, variance / len(losses)
 
 
-def slow_rank(observation: Observation, config: AlarmsConfig) -> Iterator[Finding]:
+def slow_rank(observation: Observation, config: AlarmsConfig) -> Iterator[Symptom]:
     """Yield the rank that the others wait for."""
     limit, rank, ratio = config.slow_rank, observation.slowest_rank, observation.slowest_rank_ratio
     if limit is None or rank is None or ratio is None or ratio < limit:
         return
-    yield Finding(
+    yield Symptom(
         alarm="slow_rank",
         rank=rank,
         value=ratio,

@@ -41,7 +41,7 @@ class TrainingFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Symptom:
     """A condition that holds at a logged step."""
 
     alarm: AlarmName
@@ -66,6 +66,6 @@ class Finding:
         return "" if self.layer is None else f"layer {self.layer}: "
 
 
-def below(value: float, threshold: float) -> float:
+def severity_below(value: float, threshold: float) -> float:
     """Return the severity of a value that is below its threshold."""
     return _WORST if value <= threshold / _WORST else threshold / value
