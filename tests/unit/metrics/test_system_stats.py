@@ -59,3 +59,5 @@ def test_several_ranks_record_mean_and_longest_times_and_the_worst_statistics(ra
         "system/gpu_peak_gb": None,
     }
     assert sum(v or 0 for k, v in first.items() if k.startswith("time/")) == pytest.approx(3.0)
+    # Of data 1 and 3 s; in communication ranks wait for each other.
+    assert (first["slowest_rank"], first["slowest_rank_ratio"]) == (1, 3.0)

@@ -141,19 +141,24 @@ def test_experts_are_divided_among_the_ranks_that_share_them_however_few_they_ar
     assert ranks.run(4, _placements, num_experts, ep_size, shard_size) == [(dense, expert)] * 4
 
 
-def _gradients(data: Data, ep_size: int, shard_size: int | None) -> tuple[float, dict[str, torch.Tensor]]:
+def _gradients(data: Data, ep_size: int, shard_size: int | None) -> tuple[list[float], dict[str, torch.Tensor]]:
     mesh = mesh_here(ep_size=ep_size, shard_size=shard_size)
     mine = engine(mesh, data, torch.float64)
     step = mine.accumulate([make_batch(2, 8, seed=mesh.layout.rank + 4 * i) for i in range(2)])
     state = gather_state(mine.gradients(), mesh)
-    return float(step.grad_norm), {name: part.tensor.clone() for name, part in state.slices.items()}
+    assert step.routing is not None and step.routing.router_squares is not None
+    norms = torch.cat([step.grad_norm[None], step.routing.router_squares.sqrt()]).tolist()
+    return norms, {name: part.tensor.clone() for name, part in state.slices.items()}
 
 
 @pytest.mark.parametrize(("ep_size", "shard_size"), [(1, None), (2, None), (1, 2), (2, 2), (4, 2)])
 def test_every_weight_counts_once_in_gradient_and_norm(ranks: Ranks, ep_size: int, shard_size: int | None) -> None:
     expected, whole = ranks.run(4, _gradients, "replicate", ep_size, None)[0]
     found = ranks.run(4, _gradients, "shard", ep_size, shard_size)
-    assert [norm for norm, _ in found] == pytest.approx([expected] * 4, rel=1e-13)
+    for norms, _ in found:
+        assert norms == pytest.approx(expected, rel=1e-13)
+    of_routers = [gradient.norm() for name, gradient in whole.items() if ".router." in name]
+    assert expected[1:] == pytest.approx([float(norm) for norm in of_routers], rel=1e-12)
     for name, gradient in whole.items():
         torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-11, atol=1e-12)
 
