@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import log
+from typing import Any
 
 from trainer.metrics.alarms.config import AlarmsConfig
 from trainer.metrics.alarms.observation import Observation
@@ -24,7 +25,11 @@ WELL = Observation(
     bias_span=[0.01, 0.01],
     bias_change=[1e-3, 1e-3],
 )
-UNEVEN = [[250.0] * 4, [900.0, 50.0, 50.0, 0.0]]
+UNEVEN: Any = [[250.0] * 4, [900.0, 50.0, 50.0, 0.0]]
+
+
+def changed(**values: Any) -> Observation:
+    return replace(WELL, **values)
 
 
 def found(observation: Observation, facts: TrainingFacts = FACTS, config: AlarmsConfig = CONFIG) -> list[Symptom]:
@@ -38,11 +43,11 @@ def test_each_number_of_a_layer_rings_its_own_alarm_and_only_beyond_its_threshol
         ("token_information", "alike_tokens", 1e-3 * log(4)),
         ("router_grad_norm", "router_gradient", 1e-6),
     ):
-        (one,) = found(replace(WELL, **{key: [1.0, 0.9 * threshold]}))
+        (one,) = found(changed(**{key: [1.0, 0.9 * threshold]}))
         assert (one.alarm, one.layer) == (alarm, 2)
-        assert not found(replace(WELL, **{key: [1.0, 1.1 * threshold]}))
-        assert not found(replace(WELL, **{key: [1.0, None]})), "unknown"
-        assert not found(replace(WELL, **{key: ()})), "a run of an older version"
+        assert not found(changed(**{key: [1.0, 1.1 * threshold]}))
+        assert not found(changed(**{key: [1.0, None]})), "unknown"
+        assert not found(changed(**{key: ()})), "a run of an older version"
 
 
 def test_no_gradient_of_a_frozen_router_is_no_illness() -> None:
@@ -63,9 +68,9 @@ def test_a_bias_is_inert_if_it_stands_swings_decides_alone_or_is_too_slow_where_
         "needs about 2,900 steps": ({"bias_change": [1e-4, 1e-4]}, FACTS),
     }
     for words, (values, facts) in cases.items():
-        (one,) = found(replace(WELL, counts=UNEVEN, **values), facts)
+        (one,) = found(changed(counts=UNEVEN, **values), facts)
         assert (one.alarm, one.layer) == ("inert_bias", 2) and words in one.text
-        assert not found(replace(WELL, **values), facts), "the load is even"
+        assert not found(changed(**values), facts), "the load is even"
     assert not found(replace(WELL, counts=UNEVEN)), "290 steps more are few"
     slower = replace(WELL, counts=UNEVEN, bias_change=[4e-4, 4e-4])
     assert not found(slower) and found(slower, replace(FACTS, score="sigmoid")), "scores of sigmoid are larger"
