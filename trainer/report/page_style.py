@@ -107,7 +107,7 @@ th[aria-sort=descending] button::after { content: " \\2193" }
 }
 @media print {
   body { max-width: none; padding: 0 }
-  nav, summary, #readout { display: none }
+  nav, summary, #readout, figure details { display: none }
   figure, .card, tr { break-inside: avoid }
   details::details-content { content-visibility: visible; display: block; height: auto }
   h2, h3 { break-after: avoid }
