@@ -44,7 +44,7 @@ def add(subparsers: Subparsers) -> None:
 
 def compare_command(options: argparse.Namespace) -> int:
     """Compare runs: what their configs differ in, their curves, their final numbers with significance over seeds."""
-    paths = list(dict.fromkeys(find_run(path).path for path in options.runs))
+    paths = list({path.resolve(): path for path in (find_run(path).path for path in options.runs)}.values())
     if len(paths) < 2:
         raise ConfigError(f"{paths[0]}: is one run, and two or more are compared; name another")
     groups = seed_groups([read_listed_run(path) for path in paths])

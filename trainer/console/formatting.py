@@ -11,6 +11,8 @@ _SECONDS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 def number(value: float | None, *, digits: int = 3) -> str:
     """Format with a fixed number of digits after the point."""
+    if value is not None and abs(value) >= 1e15:  # a damaged log, or a run that diverged
+        return f"{value:.{digits}e}"
     return DASH if value is None else f"{value:.{digits}f}"
 
 

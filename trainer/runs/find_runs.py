@@ -44,5 +44,12 @@ def _below(path: Path, depth: int) -> Iterator[Path]:
             return
         for entry in entries:
             # A link to a run is one; a link to a folder of them may lead in a circle.
-            if not entry.name.startswith(".") and entry.is_dir() and (is_run(entry) or not entry.is_symlink()):
+            if not entry.name.startswith(".") and (is_run(entry) or _is_own_folder(entry)):
                 yield from _below(entry, depth - 1)
+
+
+def _is_own_folder(path: Path) -> bool:
+    try:
+        return path.is_dir() and not path.is_symlink()
+    except OSError:  # not permitted
+        return False

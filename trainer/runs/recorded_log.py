@@ -66,7 +66,7 @@ def finite(record: Mapping[str, Any], key: str) -> float | None:
     """Return the value of a metric if it is a finite number, else None."""
     value = record.get(key)
     if type(value) is int:
-        return float(value) if abs(value) <= _MAX_STEP else None
+        return float(value) if abs(value) <= _MAX_STEP else None  # a larger one is none of ours, and may have no float
     return value if type(value) is float and math.isfinite(value) else None
 
 

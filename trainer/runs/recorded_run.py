@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.identity import read_record
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.nodes import shown_path
 from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
 from trainer.runs.recorded_config import recorded_config
@@ -85,7 +86,7 @@ def find_run(path: str | os.PathLike[str]) -> RecordedRun:
     """
     folder = Path(path)
     if not is_run(folder):
-        raise CheckpointError(f"{folder}: has no config.yaml, so it is not a run folder")
+        raise CheckpointError(f"{shown_path(folder)}: has no config.yaml, so it is not a run folder")
     return RecordedRun(folder)
 
 

@@ -13,6 +13,8 @@ from trainer.runs.run_state import RunProgress, read_state
 
 _LATE: Final = 0.9  # a training loss is the mean over the steps after this fraction of them: one step's is noise
 
+_MAX_TOKENS: Final = 1 << 53  # more is damage
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFigures:
@@ -71,7 +73,7 @@ def figures_of(log: RecordedLog) -> RunFigures:
     tokens = log.newest("tokens")
     evaluated = [record["step"] for record in log.records if finite(record, "eval/loss") is not None]
     return RunFigures(
-        tokens=None if tokens is None else int(tokens),
+        tokens=None if tokens is None or abs(tokens) > _MAX_TOKENS else int(tokens),
         loss=late_mean(log, "loss"),
         eval_loss=log.newest("eval/loss"),
         bits_per_byte=log.newest("eval/bits_per_byte"),

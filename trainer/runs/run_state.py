@@ -108,7 +108,7 @@ def _judge(folder: RunFolder, statuses: RankStatuses, owner: str | None) -> Stat
     lives = {rank.life for rank in ranks}
     if "alive" in lives and not _is_copy(folder):  # a file system without locks
         return "running"
-    if any(rank.life == "elsewhere" and rank.age_s < _SEEN_S for rank in ranks) and not _is_copy(folder):
+    if any(rank.life == "elsewhere" and abs(rank.age_s) < _SEEN_S for rank in ranks) and not _is_copy(folder):
         return "running"
     cause = _cause(statuses)
     if cause is not None and cause.exit_code:

@@ -58,6 +58,8 @@ def test_runs_are_a_table_that_is_sorted_with_unknown_values_last(
     assert row.split() == ["runs/b", "finished", *row.split()[2:3], "200", "2.000", "2.500", "1.250", "4s"]
     [record] = json.loads(said(capsys, "runs", "runs/b", "--json"))
     assert (record["eval_loss"], record["train_s"], record["tokens"], record["parent"]) == (2.5, 4.0, 200, None)
+    (runs / "c/metrics.jsonl").write_text('{"step": 1, "tokens": 1e300, "loss": 1e300}\n')
+    assert said(capsys, "runs", "runs/c").splitlines()[1].split()[4:6] == ["-", "1.000e+300"]
     assert said(capsys, "runs", "--sort", "los", code=2).endswith("did you mean loss?\n")
 
 

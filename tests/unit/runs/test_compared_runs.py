@@ -74,7 +74,7 @@ def test_the_command_prints_both_and_json(runs: Path, capsys: pytest.CaptureFixt
     assert record["config"] == {"optim.weight_decay": ["0.1", "0.2"]}
     assert [group["seeds"] for group in record["groups"]] == [[1, 2, 3], [1, 2, 3]]
     assert "has no metric nothing" in said(*paths, "--metric", "nothing")
-    assert "is one run, and two or more are compared" in said(paths[0], paths[0], code=2)
+    assert "is one run, and two or more are compared" in said(paths[0], f"{runs}/../{runs.name}/a1", code=2)
     assert "has no config.yaml, so it is not a run folder" in said(paths[0], str(runs), code=4)
     (runs / "b1/metrics.jsonl").write_text("damaged\n")
     assert "metrics.jsonl: line 1 damaged" in said(*paths)

@@ -87,6 +87,7 @@ def test_a_running_run_says_how_far_and_how_fast_and_names_its_ranks(run: Path) 
         ({"state": "ended", "exit_code": 6, "error": "loss is not finite"}, "failed"),
         ({"host": "elsewhere"}, "running"),
         ({"host": "elsewhere", "updated": 1e6}, "unknown"),
+        ({"host": "elsewhere", "updated": 9e18}, "unknown"),
     ],
 )
 def test_an_end_and_a_rank_elsewhere_are_judged(run: Path, values: dict[str, Any], state: str) -> None:
