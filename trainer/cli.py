@@ -31,6 +31,7 @@ from trainer.commands import (
     trace,
     train,
     upcycle,
+    what_if,
 )
 from trainer.commands.arguments import Parser, versions
 from trainer.config.nodes import shown_path
@@ -189,6 +190,7 @@ def command_line() -> Parser:
         run_status,
         list_runs,
         compare_runs,
+        what_if,
         config,
         check_plugin,
         sync,

@@ -1,0 +1,86 @@
+"""The command `what-if`: predict from a trace, without training. Imports no torch."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from trainer.commands.arguments import Subparsers, add_command, as_path, names, whole
+from trainer.config.nodes import shown
+from trainer.errors import ConfigError
+from trainer.terminal import print_safe
+
+DISPATCHERS = ("all_to_all", "padded_all_to_all", "deduplicated_all_to_all", "all_gather")
+PLACEMENTS = ("contiguous", "balanced")
+
+
+def add(subparsers: Subparsers) -> None:
+    """Add the command with its arguments."""
+    example = "traces/smoke --capacity none,1 --ep-size 2,4"
+    sub = add_command(subparsers, "what-if", what_if_command, example=example)
+    sub.add_argument("trace", type=as_path, metavar="TRACE", help="folder that turnout trace has made")
+    what = "capacity factors, none for dropless (that of the model)"
+    sub.add_argument("--capacity", type=_capacities, metavar="C,D", help=what)
+    what = "whom a capacity prefers (as the model does)"
+    sub.add_argument("--policy", choices=("position", "choice_major", "probability", "random"), help=what)
+    sub.add_argument("--top-k", type=_numbers, metavar="K,L", help="experts per token (those of the model)")
+    sub.add_argument("--ep-size", type=_numbers, metavar="N,M", default=[], help="ranks that the experts are on")
+    what = "contiguous (as in training), balanced (from this trace), or a JSON file (contiguous)"
+    sub.add_argument("--placement", type=names, metavar="A,B", default=["contiguous"], help=what)
+    what = f"what sends: {', '.join(DISPATCHERS)} (all_to_all)"
+    sub.add_argument("--dispatcher", type=names, metavar="A,B", default=["all_to_all"], help=what)
+    what = "FLOP/s of a rank, for a modelled step time; with --bandwidth"
+    sub.add_argument("--flops", type=_positive, metavar="X", help=what)
+    sub.add_argument("--bandwidth", type=_positive, metavar="X", help="bytes per second that a rank sends")
+    sub.add_argument("--json", action="store_true", help="print the predictions as one JSON object")
+
+
+def _numbers(text: str) -> list[int]:
+    return [whole(name) for name in names(text)]
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e30:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {shown(text)}")
+    return value
+
+
+def _capacities(text: str) -> list[float | None]:
+    return [None if name == "none" else _positive(name) for name in names(text)]
+
+
+def what_if_command(options: argparse.Namespace) -> int:
+    """Predict drops, load of ranks and bytes sent at another capacity, k or layout, from a trace (docs/traces.md)."""
+    for name in options.dispatcher:
+        if name not in DISPATCHERS:
+            raise ConfigError(f"--dispatcher: {shown(name)} is not predicted; use {', '.join(DISPATCHERS)}")
+    if (options.flops is None) != (options.bandwidth is None):
+        raise ConfigError("--flops: a step's time is modelled from both --flops and --bandwidth; give both or neither")
+    for name in options.placement:
+        if name not in PLACEMENTS and not name.endswith(".json"):
+            raise ConfigError(f"--placement: {shown(name)} is neither contiguous, balanced nor a JSON file")
+
+    from trainer.what_if.prediction_table import prediction_lines
+    from trainer.what_if.scenarios import Scenarios, predict_all
+
+    wanted = Scenarios(
+        capacities=options.capacity,
+        top_ks=options.top_k,
+        ep_sizes=options.ep_size,
+        placements=options.placement,
+        policy=options.policy,
+        dispatchers=options.dispatcher,
+        speeds=None if options.flops is None else (options.flops, options.bandwidth),
+    )
+    predictions = predict_all(options.trace, wanted)
+    if options.json:
+        found = [{**asdict(one), "drop_rate": one.drop_rate} for one in predictions]
+        print(json.dumps({"trace": str(options.trace), "predictions": found}))
+        return 0
+    for line in prediction_lines(predictions):
+        print_safe(line, file=sys.stdout)
+    return 0

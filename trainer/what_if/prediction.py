@@ -1,0 +1,183 @@
+"""Predict from a trace: drops, rows of each rank, what is sent, and a step's time, at other settings.
+
+# L MoE layers, E experts, G ranks of an expert-parallel group, N steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.moe.layer_options import CapacityConfig
+from trainer.what_if.dispatch_traffic import SendingDispatcher, copies_to_ranks, rows_to_ranks, sent_rows
+from trainer.what_if.predicted_decision import predicted_decision
+from trainer.what_if.traced_passes import Trace, TracedPass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Speeds of a rank, which the time of a step is modelled with."""
+
+    flops: float
+    """FLOP/s."""
+    bandwidth: float
+    """Bytes per second that a rank sends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlacedExperts:
+    """Where experts are."""
+
+    name: str
+    num_ranks: int
+    owner: Tensor
+    """(L, E) rank of each expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutPrediction:
+    """What a layout would do with the rows that a capacity keeps."""
+
+    placement: str
+    ep_size: int
+    rows_per_rank: list[list[int]]
+    """(L, G) rows that the experts of each rank compute, over all steps."""
+    busiest_over_mean: float
+    """Rows of the busiest rank over the mean of ranks, in each step and layer; mean over both."""
+    worst_busiest_over_mean: float
+    bytes_per_step: dict[str, float]
+    """Bytes that a rank sends in a step's forward pass, by dispatcher; mean over ranks and steps."""
+    bytes_of_busiest: dict[str, float]
+    """The same of the rank that sends most, in each layer."""
+    step_ms: dict[str, float] = field(default_factory=dict)
+    """Modelled milliseconds of a training step, by dispatcher; empty without `Hardware`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a capacity and a k would do."""
+
+    capacity: float | None
+    top_k: int
+    assignments: list[int]
+    """(L,) of counted tokens, before drops."""
+    dropped: list[int]
+    """(L,) of them, over capacity."""
+    layouts: list[LayoutPrediction] = field(default_factory=list)
+
+    @property
+    def drop_rate(self) -> float:
+        """Dropped over all assignments."""
+        return sum(self.dropped) / max(1, sum(self.assignments))
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Traffic:
+    """Rows and copies of all steps under one placement."""
+
+    place: PlacedExperts
+    rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(L, G, G) by domain and step: from each rank for the experts of each."""
+    copies: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def cells(self, traced: TracedPass) -> tuple[Tensor, Tensor]:
+        """Return (L, G) views of what the sender of a pass sends: each rank of a step takes one pass."""
+        layers, size = len(self.place.owner), self.place.num_ranks
+        key, sender = (traced.domain, traced.number // size), traced.number % size
+        for sums in (self.rows, self.copies):
+            sums.setdefault(key, torch.zeros(layers, size, size, dtype=torch.int64))
+        return self.rows[key][:, sender], self.copies[key][:, sender]
+
+
+def expert_loads(trace: Trace) -> Tensor:
+    """Return (L, E) the assignments of the model's own k, over all tokens of a trace."""
+    loads = torch.zeros(len(trace.model.moe_layers), trace.model.num_experts, dtype=torch.int64)
+    for traced in trace.passes():
+        chosen = traced.listed[traced.context.valid][..., : trace.model.top_k]  # (n, L, k)
+        for layer, load in enumerate(loads):
+            load += chosen[:, layer].flatten().bincount(minlength=trace.model.num_choices)[: len(load)]
+    return loads
+
+
+def predict(
+    trace: Trace,
+    *,
+    capacity: CapacityConfig,
+    top_k: int,
+    places: Sequence[PlacedExperts],
+    dispatchers: Sequence[SendingDispatcher],
+    hardware: Hardware | None = None,
+) -> Prediction:
+    """Predict what a capacity and a k would do with the tokens of a trace, under several placements."""
+    layers = len(trace.model.moe_layers)
+    assignments, dropped = [0] * layers, [0] * layers
+    traffic, static_rows = [_Traffic(place=place) for place in places], None
+    for traced in trace.passes():
+        cells = [one.cells(traced) for one in traffic]
+        for layer in range(layers):
+            decision = predicted_decision(trace, traced, layer, top_k=top_k, capacity=capacity)
+            static_rows = decision.capacity
+            is_counted = traced.counted[decision.token_index]
+            assignments[layer] += int((is_counted & (decision.expert_index < decision.num_experts)).sum())
+            dropped[layer] += int((is_counted & ~decision.kept).sum())
+            for one, (rows, copies) in zip(traffic, cells, strict=True):
+                owner, size = one.place.owner[layer], one.place.num_ranks
+                rows[layer] += rows_to_ranks(decision, owner, size)
+                copies[layer] += copies_to_ranks(decision, owner, size)
+    return Prediction(
+        capacity=capacity.factor,
+        top_k=top_k,
+        assignments=assignments,
+        dropped=dropped,
+        layouts=[_layout(trace, one, dispatchers, static_rows, hardware) for one in traffic],
+    )
+
+
+def _layout(
+    trace: Trace,
+    traffic: _Traffic,
+    dispatchers: Sequence[SendingDispatcher],
+    static_rows: int | None,
+    hardware: Hardware | None,
+) -> LayoutPrediction:
+    """Sum up what a layout does."""
+    facts, place = trace.facts, traffic.place
+    rows, copies = torch.stack(list(traffic.rows.values())), torch.stack(list(traffic.copies.values()))  # (N, L, G, G)
+    at_rank, tokens = rows.sum(2), facts.rows_per_pass * facts.row_length  # (N, L, G)
+    busiest = at_rank.amax(-1) / at_rank.double().mean(-1).clamp(min=1 / place.num_ranks)  # (N, L)
+    sent: dict[str, Tensor] = {}  # (N, L, G) by dispatcher
+    for dispatcher in dispatchers:
+        of_steps = [
+            [
+                sent_rows(dispatcher, *parts, tokens=tokens, capacity=static_rows)
+                for parts in zip(*step, place.owner, strict=True)
+            ]
+            for step in zip(rows, copies, strict=True)
+        ]
+        sent[dispatcher] = torch.stack([torch.stack(layers) for layers in of_steps])
+    row_bytes = facts.d_model * facts.value_bytes
+    times = {} if hardware is None else {name: _step_ms(trace, at_rank, s, hardware) for name, s in sent.items()}
+    return LayoutPrediction(
+        placement=place.name,
+        ep_size=place.num_ranks,
+        rows_per_rank=at_rank.sum(0).tolist(),
+        busiest_over_mean=float(busiest.mean()),
+        worst_busiest_over_mean=float(busiest.max()),
+        bytes_per_step={name: float(s.sum(1).double().mean()) * row_bytes for name, s in sent.items()},
+        bytes_of_busiest={name: float(s.amax(-1).sum(1).double().mean()) * row_bytes for name, s in sent.items()},
+        step_ms=times,
+    )
+
+
+def _step_ms(trace: Trace, at_rank: Tensor, sent: Tensor, hardware: Hardware) -> float:
+    """Return a training step's modelled milliseconds, mean over steps.
+
+    Forward and backward take three times the forward's FLOPs and send twice its rows. Each layer waits for its busiest
+    rank and for the rank that sends most; nothing overlaps, and messages have no latency.
+    """
+    facts = trace.facts
+    tokens = facts.rows_per_pass * facts.row_length
+    flops = 3 * (at_rank.amax(-1).sum(1).double() * facts.expert_flops + tokens * facts.other_flops)  # (N,)
+    sent_bytes = 2 * sent.amax(-1).sum(1).double() * facts.d_model * facts.value_bytes
+    return float((flops / hardware.flops + sent_bytes / hardware.bandwidth).mean()) * 1e3
