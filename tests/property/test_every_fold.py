@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from trainer.data.config import DataConfig, FoldConfig
@@ -37,7 +37,7 @@ def _texts(file: TokenFile) -> Counter[bytes]:
 word = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6).filter(str.strip)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])  # to shrink takes minutes
 @given(
     rows=st.lists(st.tuples(word, word), min_size=4, max_size=16),
     copies=st.integers(1, 3),
