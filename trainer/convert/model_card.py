@@ -1,9 +1,7 @@
 """The card of an exported model: README.md with figures of its run."""
 
-import math
-from contextlib import suppress
 from textwrap import indent
-from typing import Any, Final
+from typing import Final
 
 from trainer.checkpoint.ancestors import ancestors
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
@@ -13,12 +11,18 @@ from trainer.console import formatting
 from trainer.convert.exported_model import ExportedModel
 from trainer.convert.gate_report import GateReport
 from trainer.experiment import ExperimentConfig
-from trainer.metrics.records import parse_record, read_lines
 from trainer.models.config import ModelConfig
 from trainer.models.flops import ModelSize
+from trainer.runs.recorded_log import RecordedLog, read_log
 
 _SECTIONS: Final = ("model", "optim", "schedule", "train")
 """Sections of the config that a reader needs; `data` and `metrics` have paths of the machine that trained the model."""
+_FIGURES: Final = (
+    ("loss", "training loss (nats per token)"),
+    ("eval/loss", "held-out loss (nats per token)"),
+    ("eval/bits_per_byte", "held-out bits per byte"),
+)
+"""Metrics of the newest records, and how the card calls them."""
 
 
 def model_card(
@@ -99,18 +103,6 @@ def _experts(model: ModelConfig) -> list[tuple[str, str]]:
 
 def _figures(folder: RunFolder, step: int) -> dict[str, float]:
     """Return losses of the newest records of metrics.jsonl up to a step."""
-    found: dict[str, float] = {}
-    with suppress(OSError):
-        for line in read_lines(folder.metrics):
-            record: dict[str, Any] = parse_record(line) or {}
-            if not isinstance(record.get("step"), int) or record["step"] > step:
-                continue
-            for key, label in (
-                ("loss", "training loss (nats per token)"),
-                ("eval/loss", "held-out loss (nats per token)"),
-                ("eval/bits_per_byte", "held-out bits per byte"),
-            ):
-                value = record.get(key)
-                if isinstance(value, int | float) and math.isfinite(value):
-                    found[label] = float(value)
-    return found
+    records = [record for record in read_log(folder.metrics).records if record["step"] <= step]
+    log = RecordedLog(records=records)
+    return {label: value for key, label in _FIGURES if (value := log.newest(key)) is not None}
