@@ -1,10 +1,10 @@
 """The outcome of a sweep: mean and standard error of each candidate, and the one to choose. Imports no torch."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from trainer.runs.significance import error_of_mean
 from trainer.sweep.candidates import Candidate
 from trainer.sweep.trial_result import TrialResult
 
@@ -47,7 +47,7 @@ class CandidateOutcome:
     @property
     def error(self) -> float | None:
         """Standard error of the mean; None for a single trial."""
-        return standard_error(self.values)
+        return error_of_mean(self.values)
 
     @property
     def training_flops(self) -> float | None:
@@ -69,11 +69,6 @@ class Recommendation:
     reason: str
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean; None for less than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def behind(one: CandidateOutcome, best: CandidateOutcome) -> tuple[float, float | None] | None:
     """Return the mean difference to the best candidate over the seeds and folds of both, and its standard error.
 
@@ -81,7 +76,7 @@ def behind(one: CandidateOutcome, best: CandidateOutcome) -> tuple[float, float 
     """
     shared = [key for key in one.results if key in best.results]
     differences = [one.results[key].value - best.results[key].value for key in shared]
-    return (statistics.fmean(differences), standard_error(differences)) if differences else None
+    return (statistics.fmean(differences), error_of_mean(differences)) if differences else None
 
 
 def best_of(outcomes: Sequence[CandidateOutcome], *, maximize: bool = False) -> CandidateOutcome | None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.sweep_outcomes import outcome
-from trainer.sweep.outcome import CandidateOutcome, behind, recommend, standard_error
+from trainer.runs.significance import error_of_mean
+from trainer.sweep.outcome import CandidateOutcome, behind, recommend
 
 
 def chosen(*outcomes: CandidateOutcome, maximize: bool = False) -> str | None:
@@ -14,8 +15,8 @@ def chosen(*outcomes: CandidateOutcome, maximize: bool = False) -> str | None:
 
 def test_the_standard_error_is_that_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(size=7)
-    assert standard_error(values.tolist()) == pytest.approx(values.std(ddof=1) / 7**0.5, rel=1e-12)
-    assert standard_error([1.0]) is None
+    assert error_of_mean(values.tolist()) == pytest.approx(values.std(ddof=1) / 7**0.5, rel=1e-12)
+    assert error_of_mean([1.0]) is None
 
 
 def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen() -> None:

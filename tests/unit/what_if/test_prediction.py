@@ -38,13 +38,15 @@ DISPATCHERS = ("all_to_all", "deduplicated_all_to_all", "all_gather", "padded_al
 
 
 def _sources(folder: Path) -> list[str]:
-    """Return the overrides of two domains of short documents, which leave padding and tokens without a target."""
+    """Return the overrides of two domains of short documents, which leave padding; prompts, which nobody learns."""
     drawn = random.Random(0)
     for name, letters in (("a", "abcdefgh "), ("b", "jklmnop ")):
         documents = ["".join(drawn.choices(letters, k=drawn.randint(3, 30))) for _ in range(120)]
         if not (folder / f"{name}.jsonl").exists():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
-    files = ", ".join(f"{{kind: jsonl, path: {folder}/{name}.jsonl, domain: {name}}}" for name in ("a", "b"))
+            rows = [{"prompt": one[:2], "text": one[2:]} for one in documents]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = "{{kind: jsonl, path: {0}/{1}.jsonl, domain: {1}, prompt: '{{prompt}}'}}"
+    files = ", ".join(file.format(folder, name) for name in ("a", "b"))
     packed = "data.packing=bfd", "model.document_mask=true"
     return [f"data.sources=[{files}]", "data.tokenizer={kind: byte}", "data.split.fraction=0.4", *packed]
 
