@@ -73,7 +73,7 @@ def unknown_key(
     ):
         return f"unknown key; did you mean {similar}?"
     elsewhere = _elsewhere(key, homes)
-    if elsewhere == [key]:
+    if key in elsewhere:  # also where a section has a seed of its own
         return f"unknown key; {key} belongs to the top level"
     if 0 < len(elsewhere) <= _MAX_ELSEWHERE:
         return f"unknown key; did you mean {' or '.join(elsewhere)}?"
