@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_CLOCK = ("tokens_per_s", "step_s", "mfu")
+_CLOCK = ("tokens_per_s", "step_s", "mfu", "slowest_rank", "slowest_rank_ratio")
 _PREFIXES = ("time/", "time_max/", "system/")
 
 
