@@ -31,6 +31,11 @@ RAW = {
     "commands/config.py": 2,  # YAML and JSON escape control characters themselves
     "commands/checkpoint.py": 2,  # JSON
     "commands/evaluate.py": 1,  # JSON
+    "commands/compare_runs.py": 4,  # JSON and empty lines
+    "commands/list_runs.py": 1,  # JSON
+    "commands/report_runs.py": 1,  # JSON
+    "commands/run_status.py": 1,  # JSON
+    "commands/what_if.py": 1,  # JSON
 }
 """Calls of `print` in each file."""
 

@@ -13,6 +13,7 @@ from trainer.commands.reported_run import ReportedRun
 from trainer.errors import ConfigError, ResourceError
 from trainer.report.measure_options import MeasureOptions
 from trainer.report.report_data import ReportData, report_json
+from trainer.terminal import print_safe
 
 
 def add(subparsers: Subparsers) -> None:
@@ -56,7 +57,9 @@ def report_command(options: argparse.Namespace) -> int:
 
 def _follow(runs: Sequence[ReportedRun], options: argparse.Namespace) -> None:
     """Write the report until all runs have ended, and once after that."""
-    print(f"writing {options.output} every {options.every} s until the training ends (Ctrl-C stops)", file=sys.stderr)
+    print_safe(
+        f"writing {options.output} every {options.every} s until the training ends (Ctrl-C stops)", file=sys.stderr
+    )
     while True:
         has_ended = all([run.has_ended() for run in runs])  # asked first: then nothing is written after it was read
         _write_report(runs, [run.newest() for run in runs], options)
@@ -96,4 +99,4 @@ def _write(path: Path, text: str) -> None:
 def _say_written(options: argparse.Namespace) -> None:
     for path in (options.output, options.json):
         if path is not None:
-            print(f"written to {path}", file=sys.stderr)
+            print_safe(f"written to {path}", file=sys.stderr)

@@ -28,7 +28,7 @@ def how_to_write(node: Node, annotation: Any) -> str | None:
     """Return how to write a value as the expected type; None if there is no hint."""
     value, types = node.value, slots.alternatives(annotation)
     if isinstance(value, str):
-        if (number := _as_number(value, types)) is not None:
+        if (number := _as_number(value, types)) is not None and accepts(annotation, _read(number)):
             return "remove the quotes" if value == number and node.written is None else f"write {number}"
         if slots.accepts_null(annotation) and value.lower() in _NULL_WORDS and str not in types:
             return "write null"

@@ -50,7 +50,7 @@ def _config(folder: Path, changes: Mapping[str, Mapping[str, Any]]) -> Experimen
         "eval": {"every": None, "max_tokens_per_domain": 16},
         "parallel": {"micro_batch_size": 4},
         "checkpoint": {"every": None},
-        "metrics": {"log_every": 1},
+        "metrics": {"log_every": 1, "alarms": None},
     }
     for name, section in changes.items():
         sections[name] = {**sections.get(name, {}), **section}
