@@ -7,7 +7,7 @@ OUTCOME = "sweep/test_outcome.py"
 FAULTS = [
     _fault(
         "the standard error is the standard deviation",
-        "sweep/outcome.py",
+        "runs/significance.py",
         "statistics.stdev(values) / math.sqrt(len(values))",
         "statistics.stdev(values)",
         OUTCOME,
