@@ -3,11 +3,15 @@
 # L MoE layers, E experts.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
 class BiasWatch:
-    """Compares the biases of a logged step with those of the one before, in the same process."""
+    """Compares the biases of a logged step with those of the one before."""
 
     def __init__(self) -> None:
         self._before: tuple[int, Tensor] | None = None
@@ -17,12 +21,20 @@ class BiasWatch:
 
         Returns:
             bias_span: largest minus smallest bias of each layer.
-            bias_change: largest change of a bias per step since the line before; null in the first line of a process.
+            bias_change: largest change of a bias per step since the line before; null in the first line.
         """
         if bias is None:
             return {}
         before, self._before = self._before, (step, bias)
         changes: list[float | None] = [None] * len(bias)
         if before is not None and step > before[0]:
-            changes = ((bias - before[1]).abs().amax(-1) / (step - before[0])).tolist()
+            changes = ((bias - before[1].to(bias.dtype)).abs().amax(-1) / (step - before[0])).tolist()
         return {"bias_span": (bias.amax(-1) - bias.amin(-1)).tolist(), "bias_change": changes}
+
+    def record(self) -> dict[str, Any]:
+        """Return the state for a checkpoint, as JSON values."""
+        return {} if self._before is None else {"step": self._before[0], "bias": self._before[1].tolist()}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Restore a `record`; an empty one begins anew."""
+        self._before = (record["step"], torch.tensor(record["bias"], dtype=torch.float64)) if record else None

@@ -43,6 +43,7 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     run.skipped_steps = int(checkpoint.run["skipped_steps"])
     run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
     run.spikes.restore({} if is_other_text else checkpoint.run.get("spikes", {}))  # losses of the old text
+    run.bias_watch.restore(checkpoint.run.get("bias_watch", {}))
     if run.watch is not None:
         run.watch.alarms.restore({} if is_other_text else checkpoint.run.get("alarms", {}))
     if (jump := _rate_jump(stored, run)) is not None:

@@ -98,6 +98,7 @@ class RunState:
             "skipped_in_a_row": self.skipped_in_a_row,
             "spikes": self.spikes.record(),
             "alarms": {} if self.watch is None else self.watch.alarms.record(),
+            "bias_watch": self.bias_watch.record(),
             "tokens": self.tokens,
             "logs": {} if self.logs is None else self.logs.record(),
             "streams": self.stream.stream_positions(self.position),

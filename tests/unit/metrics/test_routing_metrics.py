@@ -1,5 +1,6 @@
 """Routing metrics of two layers, against values computed by hand."""
 
+import json
 import math
 
 import pytest
@@ -46,4 +47,7 @@ def test_a_bias_has_a_span_and_a_pace_per_step() -> None:
         "bias_span": [2.0, 0.0],
         "bias_change": [0.25, 0.0],
     }
+    resumed = BiasWatch()
+    resumed.restore(json.loads(json.dumps(watch.record())))
+    assert resumed.look(15, before) == watch.look(15, before) == {"bias_span": [0.5, 0.0], "bias_change": [1.0, 0.0]}
     assert watch.look(20, None) == {}
