@@ -6,28 +6,12 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.config.base import Config, Problem
-from trainer.config.metric_direction import Direction, MetricKey, direction_of, direction_problem
+from trainer.config.metric_direction import ComparedMetric, MetricKey, direction_problem
 from trainer.config.numbers import MAX_INT, Count, Seconds
 
 
-class BestConfig(Config):
+class BestConfig(ComparedMetric):
     """Number of the evaluations by which checkpoints are compared."""
-
-    metric: MetricKey
-    """Its key in metrics.jsonl: eval/loss, eval/ema/loss, eval/DOMAIN/loss, eval/TASK/acc."""
-    mode: Direction | None = None
-    """Whether the least or the greatest value is the best. Null: by its name; losses the least, accuracies the
-    greatest."""
-
-    @property
-    def direction(self) -> Direction:
-        """The mode, or the one that goes with the metric's name."""
-        return self.mode or direction_of(self.metric) or "min"
-
-    def problems(self) -> Iterator[Problem]:
-        """Require a mode where the name does not tell it."""
-        if (wrong := direction_problem(self.metric, self.mode)) is not None:
-            yield Problem("mode", wrong)
 
 
 class CheckpointConfig(Config):
@@ -49,7 +33,7 @@ class CheckpointConfig(Config):
 
     @property
     def best_metric(self) -> BestConfig | None:
-        """What `best` compares; None: nothing."""
+        """The metric that `best` compares; None: none."""
         return BestConfig(metric=self.best) if isinstance(self.best, str) else self.best
 
     def problems(self) -> Iterator[Problem]:

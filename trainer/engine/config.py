@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem
-from trainer.config.metric_direction import Direction, MetricKey, direction_of, direction_problem
+from trainer.config.metric_direction import ComparedMetric, MetricKey
 from trainer.config.numbers import Count, Factor, Rows, Steps, Whole
 from trainer.models.parameter_patterns import PatternText, unknown_role
 
@@ -56,27 +56,15 @@ class EMAConfig(Config):
     """Keep min(decay, (1 + n) / (10 + n)) in update n = 0, 1, ..., so that the first weights are soon forgotten."""
 
 
-class EarlyStoppingConfig(Config):
+class EarlyStoppingConfig(ComparedMetric):
     """End of a run whose evaluations no longer improve."""
 
     metric: MetricKey = "eval/loss"
     """Its key in metrics.jsonl: eval/loss, eval/ema/loss, eval/DOMAIN/loss, eval/TASK/acc."""
-    mode: Direction | None = None
-    """Whether the least or the greatest value is the best. Null: by its name, as in checkpoint.best."""
     patience: Count = 5
     """Evaluations in a row that may be no better than the best one; the run stops after the last of them."""
     min_delta: Annotated[float, Field(ge=0, le=1e30)] = 0.0
     """How much better a value must be to count."""
-
-    @property
-    def direction(self) -> Direction:
-        """The mode, or the one that goes with the metric's name."""
-        return self.mode or direction_of(self.metric) or "min"
-
-    def problems(self) -> Iterator[Problem]:
-        """Require a mode where the name does not tell it."""
-        if (wrong := direction_problem(self.metric, self.mode)) is not None:
-            yield Problem("mode", wrong)
 
 
 class TrainConfig(Config):

@@ -37,11 +37,8 @@ class EarlyStopping:
         if self._config is None or (value := evaluation.get(self._config.metric)) is None:
             return
         config = self._config
-        is_first = self._best is None and math.isfinite(value)
-        if is_first or (
-            self._best is not None
-            and math.isfinite(value)
-            and is_better(value, self._best, config.direction, by=config.min_delta)
+        if math.isfinite(value) and (
+            self._best is None or is_better(value, self._best, config.direction, by=config.min_delta)
         ):
             self._best, self._best_step, self._waited = value, step, 0
         else:
