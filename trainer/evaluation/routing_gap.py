@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.evaluation import evaluation_batches
+from trainer.data.batches.evaluation import batches_of_all_domains
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.distributed.collective_errors import barrier_gather, raise_together
@@ -97,15 +97,13 @@ def held_out_rows(
     corpus: Corpus, *, packing: Packing, seq_len: int, rows_of_a_domain: int, batch_size: int
 ) -> Iterator[Batch]:
     """Yield evenly spaced rows of every domain's held-out text, at most `batch_size` per batch."""
-    for domain in range(len(corpus.domains)):
-        yield from evaluation_batches(
-            corpus,
-            domain,
-            packing=packing,
-            seq_len=seq_len,
-            batch_size=min(rows_of_a_domain, batch_size),
-            max_tokens=rows_of_a_domain * seq_len,
-        )
+    return batches_of_all_domains(
+        corpus,
+        packing=packing,
+        seq_len=seq_len,
+        batch_size=min(rows_of_a_domain, batch_size),
+        max_tokens=rows_of_a_domain * seq_len,
+    )
 
 
 def _solve(output: RouterOutput, valid: Tensor, row: int, config: MoEConfig) -> tuple[Optimality, list[float]]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.evaluation import evaluation_batches
+from trainer.data.batches.evaluation import batches_of_all_domains
 from trainer.data.corpus import Corpus
 from trainer.engine.base import Engine
 from trainer.experiment import ExperimentConfig
@@ -16,7 +16,7 @@ from trainer.report.measure_options import MeasureOptions
 from trainer.report.routed_text import Routed, TextRows
 from trainer.runs.recorded_run import RecordedRun
 from trainer.training.load_trained import load_trained
-from trainer.training.run_text import corpus_of_run
+from trainer.training.run_text import corpus_of_run, warn_of_other_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,23 +51,19 @@ def read_checkpoint(
     """Load a checkpoint and its held-out text."""
     engine, tokenizer, checkpoint = load_trained(config, run.folder, step=options.step, warn=warn)
     corpus = corpus_of_run(config, run.folder, tokenizer)
-    if checkpoint.run["data_fingerprint"] != corpus.fingerprint:
-        warn("the run was trained on other text, which may contain some of what is held out now")
+    warn_of_other_text(checkpoint, corpus, warn)
     budget = max(1, options.max_tokens // len(corpus.domains))
     if config.eval.max_tokens_per_domain is not None:  # then the rows are those that the run evaluates
         budget = min(budget, config.eval.max_tokens_per_domain)
-    batches = [
-        batch
-        for index in range(len(corpus.domains))
-        for batch in evaluation_batches(
+    batches = list(
+        batches_of_all_domains(
             corpus,
-            index,
             packing=config.data.packing,
             seq_len=config.model.seq_len,
             batch_size=config.parallel.micro_batch_size,
             max_tokens=budget,
         )
-    ]
+    )
     return MeasuredRun(
         run=run,
         config=config,

@@ -32,7 +32,7 @@ from trainer.training import memory
 from trainer.training.experts_picture import write_experts_picture
 from trainer.training.load_trained import load_trained
 from trainer.training.routing_recorder import facts_of
-from trainer.training.run_text import corpus_of_run
+from trainer.training.run_text import corpus_of_run, warn_of_other_text
 
 
 def evaluate_run(
@@ -149,8 +149,7 @@ def _with_text(
     engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     with console.progress_bar("reading text") as bar:
         corpus = corpus_of_run(config, folder, tokenizer, progress=bar)
-    if checkpoint.run["data_fingerprint"] != corpus.fingerprint:
-        console.warning("the run was trained on other text, which may contain some of what is held out now")
+    warn_of_other_text(checkpoint, corpus, console.warning)
     if warning := evaluation_warning(engine.model.moe_layers()):
         console.warning(warning)
     return engine, corpus, checkpoint

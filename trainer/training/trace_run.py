@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
-from trainer.data.batches.evaluation import evaluation_batches
+from trainer.data.batches.evaluation import batches_of_all_domains
 from trainer.data.corpus import Corpus
 from trainer.engine.base import Engine
 from trainer.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ from trainer.training.run_text import corpus_of_run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceOptions:
-    """What a trace reads and lists."""
+    """Text that a trace reads, and experts that it lists."""
 
     split: Split = "held-out"
     max_tokens: int | None = None
@@ -77,22 +77,21 @@ def record_trace(
     facts = facts.model_copy(update={"trace": trace})
     writer = RecordWriter(to, facts.model, vocab_size=facts.vocab_size)
     routing = RoutingOptions(dropless=True, counts_targets_only=True, return_router_outputs=True)
-    for domain in range(len(corpus.domains)):
-        for batch in evaluation_batches(
-            corpus,
-            domain,
-            packing=config.data.packing,
-            seq_len=config.model.seq_len,
-            batch_size=trace.rows_per_pass,
-            max_tokens=options.max_tokens,
-        ):
-            with torch.no_grad(), engine.autocast():
-                outputs = [stats.routed for stats in engine.model(batch.to(engine.device), routing).moe]
-            layers = [output for output in outputs if output is not None]
-            experts = torch.stack([_of_tokens(o, o.decision.expert_index) for o in layers], 1)  # (T, L, k)
-            traced = _listed(engine, layers, experts, trace) | {"is_counted": batch.target_mask.flatten() > 0}
-            experts, *parts = (x.view(*batch.tokens.shape, *x.shape[1:]) for x in (experts, *traced.values()))
-            record_rows(writer, batch, experts, traced=dict(zip(traced, parts, strict=True)))
+    batches = batches_of_all_domains(
+        corpus,
+        packing=config.data.packing,
+        seq_len=config.model.seq_len,
+        batch_size=trace.rows_per_pass,
+        max_tokens=options.max_tokens,
+    )
+    for batch in batches:
+        with torch.no_grad(), engine.autocast():
+            outputs = [stats.routed for stats in engine.model(batch.to(engine.device), routing).moe]
+        layers = [output for output in outputs if output is not None]
+        experts = torch.stack([_of_tokens(o, o.decision.expert_index) for o in layers], 1)  # (T, L, k)
+        traced = _listed(engine, layers, experts, trace) | {"is_counted": batch.target_mask.flatten() > 0}
+        experts, *parts = (x.view(*batch.tokens.shape, *x.shape[1:]) for x in (experts, *traced.values()))
+        record_rows(writer, batch, experts, traced=dict(zip(traced, parts, strict=True)))
     writer.flush()
     return finish_record(to, facts)
 

@@ -14,6 +14,16 @@ from trainer.data.corpus import Corpus
 from trainer.errors import DataError
 
 
+def batches_of_all_domains(
+    corpus: Corpus, *, packing: Packing, seq_len: int, batch_size: int, max_tokens: int | None
+) -> Iterator[Batch]:
+    """Yield the validation text of one domain after the other, as `evaluation_batches`; `max_tokens` is of each."""
+    for domain in range(len(corpus.domains)):
+        yield from evaluation_batches(
+            corpus, domain, packing=packing, seq_len=seq_len, batch_size=batch_size, max_tokens=max_tokens
+        )
+
+
 def evaluation_batches(
     corpus: Corpus, domain_index: int, *, packing: Packing, seq_len: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[Batch]:
