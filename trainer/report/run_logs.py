@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from trainer.report.curve_chart import Curve
 from trainer.runs.recorded_log import RecordedLog, read_log
 from trainer.runs.recorded_run import RecordedRun
 
-_ALARMS: Final = "alarms.jsonl"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLogs:
-    """What a run wrote while it trained."""
+    """Logs that a run wrote while it trained."""
 
     name: str
     metrics: RecordedLog
@@ -53,7 +51,7 @@ def read_run_logs(runs: Sequence[RecordedRun]) -> list[RunLogs]:
             name=name or str(run.path.resolve().name),
             metrics=read_log(run.folder.metrics),
             routing=read_log(run.folder.routing),
-            alarms=read_log(run.path / _ALARMS),
+            alarms=read_log(run.folder.alarms),
         )
         for name, run in zip(short, runs, strict=True)
     ]

@@ -11,7 +11,7 @@ from trainer.metrics.alarms.config import AlarmsConfig
 from trainer.metrics.alarms.observation import Observation
 from trainer.metrics.alarms.progress_rules import LossPlateau, slow_rank
 from trainer.metrics.alarms.router_rules import router_symptoms
-from trainer.metrics.alarms.symptom import AlarmName, Symptom, TrainingFacts
+from trainer.metrics.alarms.symptom import AlarmName, Symptom, TrainingFacts, place_of
 
 _FEWEST_LINES = 3
 _WORSE = 2.0
@@ -133,8 +133,7 @@ class Alarms:
             del self._watched[key]
             if watched.shown_step is not None:
                 alarm, layer, rank = key
-                where = "" if layer is None else f"layer {layer}: "
-                message = f"{where}{alarm} has ended; it was last seen at step {watched.last_step}"
+                message = f"{place_of(layer)}{alarm} has ended; it was last seen at step {watched.last_step}"
                 yield AlarmEvent(
                     step=step,
                     state="ended",

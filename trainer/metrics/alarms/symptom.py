@@ -1,4 +1,4 @@
-"""What a rule finds at one logged step, and what rules know of the training. Imports no torch."""
+"""Findings of rules at one logged step, and the facts of a training that rules need. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -48,7 +48,7 @@ class Symptom:
     value: float
     threshold: float
     text: str
-    """What is wrong, with values, after the name of the place."""
+    """Description with values, to follow the name of the place."""
     severity: float
     """How bad it is: 1 at the threshold, higher is worse."""
     layer: int | None = None
@@ -63,7 +63,12 @@ class Symptom:
     @property
     def place(self) -> str:
         """Where it holds."""
-        return "" if self.layer is None else f"layer {self.layer}: "
+        return place_of(self.layer)
+
+
+def place_of(layer: int | None) -> str:
+    """Return the beginning of a message about a layer, or about the whole model."""
+    return "" if layer is None else f"layer {layer}: "
 
 
 def severity_below(value: float, threshold: float) -> float:
