@@ -1,4 +1,4 @@
-"""How far the selection biases of routers spread, and how fast they move.
+"""Spread and pace of the routers' selection biases.
 
 # L MoE layers, E experts.
 """

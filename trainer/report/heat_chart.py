@@ -10,12 +10,12 @@ from trainer.report.markup import figure, quoted
 from trainer.report.page_colours import HALF_STEPS
 
 HeatScale = Literal["even_share", "share", "signed"]
-"""What the middle of the scale is: the even share of a row, zero at its lower end, or zero between -1 and 1."""
+"""Middle of the scale: the even share of a row, zero at its lower end, or zero between -1 and 1."""
 MOST_CELLS: Final = 4096
 """Cells of a map: larger ones are left to the JSON."""
 EVEN_SHARE: Final = "blue is a quarter of the even share or less, orange four times it or more"
 SIGNED: Final = "hundredths; blue is -100, orange 100"
-"""What the colours of a scale mean."""
+"""Meaning of the colours of a scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class HeatMap:
     values: Sequence[Sequence[float | None]]
     scale: HeatScale
     corner: str = ""
-    """What the columns are."""
+    """Title of the columns."""
     note: str = ""
     even: float | None = None
     """The even share; None: the mean of each row."""

@@ -20,7 +20,7 @@ Matrix = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCard:
-    """What was trained, how far, and what came out of it; known without a checkpoint."""
+    """Description of a training and its results; known without a checkpoint."""
 
     name: str
     folder: str
@@ -95,7 +95,7 @@ class TypicalRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertFindings:
-    """What one expert of one layer is for. Empty words: nothing is above chance, which is a finding too."""
+    """Purpose of one expert of one layer. Empty words: nothing is above chance, which is a finding too."""
 
     expert: int
     tokens: int

@@ -1,4 +1,4 @@
-"""What a trial has come to, read from its run folder. Imports no torch."""
+"""Result of a trial, read from its run folder. Imports no torch."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -37,7 +37,7 @@ class PlacedExperts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutPrediction:
-    """What a layout would do with the rows that a capacity keeps."""
+    """Load and traffic of a layout, for the rows that a capacity keeps."""
 
     placement: str
     ep_size: int
@@ -56,7 +56,7 @@ class LayoutPrediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a capacity and a k would do."""
+    """Drops and layouts under a capacity and a k."""
 
     capacity: float | None
     top_k: int

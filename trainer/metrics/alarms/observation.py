@@ -1,4 +1,4 @@
-"""What alarms look at: the numbers of one logged step, as metrics.jsonl and routing.jsonl have them. Imports no torch.
+"""Numbers of one logged step that alarms look at, as metrics.jsonl and routing.jsonl have them. Imports no torch.
 
 # L MoE layers, E experts.
 """
