@@ -13,8 +13,8 @@ FAULTS = [
     in_package(
         "a value that is not finite is the best one of early stopping",
         "training/early_stopping.py",
-        "is_first = self._best is None and math.isfinite(value)",
-        "is_first = self._best is None",
+        "if math.isfinite(value) and (",
+        "if (",
         "training/test_early_stopping.py::test_it_is_over_after_so_many_evaluations_without_a_better_one",
     ),
     in_package(
