@@ -32,6 +32,7 @@ RAW = {
     "commands/checkpoint.py": 2,  # JSON
     "commands/evaluate.py": 1,  # JSON
     "commands/compare_runs.py": 4,  # JSON and empty lines
+    "commands/doctor.py": 1,  # JSON
     "commands/list_runs.py": 1,  # JSON
     "commands/report_runs.py": 1,  # JSON
     "commands/run_status.py": 1,  # JSON
