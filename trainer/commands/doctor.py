@@ -1,38 +1,109 @@
-"""The command `doctor`: look for the known failures of the field in a config."""
+"""The command `doctor`: look for known failures of the field in a config, a step, a run, a machine, a cluster."""
 
 import argparse
 import json
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from trainer.commands.arguments import Subparsers, add_command, add_config, whole
-from trainer.commands.resolve import load_config_of
+from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, whole
+from trainer.commands.resolve import existing_run, load_named_config, suggest_prepare
+from trainer.commands.shipped import as_config
+from trainer.config.check_packages import check_packages
+from trainer.distributed.rank_layout import Layout, is_first_rank, layout_from_environment
 from trainer.doctor.diagnosis import Diagnosis
 from trainer.doctor.host_facts import read_host
 from trainer.doctor.static.config_on_host import ConfigOnHost
 from trainer.doctor.static.registry import STATIC_CHECKS
+from trainer.environment import check_rank_variables, world_size_and_rank
+from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
+from trainer.runs.recorded_run import is_run
 from trainer.terminal import print_safe
 
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    example = "configs/moe_1b.yaml parallel.device=cuda --world-size 64 --ranks-per-node 8"
-    sub = add_config(add_command(subparsers, "doctor", doctor_command, example=example))
+    example = "configs/moe_1b.yaml parallel.device=cuda --world-size 64 --ranks-per-node 8 --static"
+    sub = add_command(subparsers, "doctor", doctor_command, example=example)
+    what = "experiment file, a name such as quickstart, or run folder; --cluster needs none"
+    sub.add_argument("config", type=as_config, metavar="CONFIG", nargs="?", help=what)
+    add_overrides(sub, "parallel.device=cuda")
+    sub.add_argument("--static", action="store_true", help="take no step and read no checkpoint: half a second")
+    sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink the step's model first")
     sub.add_argument("--world-size", type=whole, metavar="N", help="ranks to train on (WORLD_SIZE, else 1)")
     sub.add_argument("--ranks-per-node", type=whole, metavar="N", help="ranks of a machine (all, if it is not given)")
+    sub.add_argument("--cluster", action="store_true", help="measure ranks and links; start it by torchrun")
+    sub.add_argument("--links", type=as_path, metavar="FILE", help="with --cluster: write what `plan --links` reads")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def doctor_command(options: argparse.Namespace) -> int:
-    """Look for known failures in a config and on this machine, each with its remedy; exit code 1 if one is severe."""
-    config = load_config_of(options.config, options.overrides)
+    """Look for known failures in a config, a real step, a run and this machine; exit code 1 if one is severe."""
+    check_rank_variables()
+    if options.links is not None and not options.cluster:
+        raise ConfigError("--links: is written by --cluster; add it")
+    if options.cluster:
+        return _cluster(options)
+    if options.config is None:
+        raise ConfigError("doctor: name a config or a run folder, or use --cluster")
+    if not is_run(options.config):
+        config, diagnosis = load_named_config(options), Diagnosis()
+    else:
+        config, folder = existing_run(options)
+
+        from trainer.doctor.recorded.diagnose_run import diagnose_run
+
+        diagnosis = diagnose_run(folder.path, verifies=not options.static)
     host = read_host(
         Path(config.runs_dir), os.environ, world_size=options.world_size, ranks_here=options.ranks_per_node
     )
-    diagnosis = Diagnosis.of(STATIC_CHECKS, ConfigOnHost(config=config, host=host))
-    if options.json:
-        print(json.dumps(diagnosis.record()))
-    else:
-        for line in diagnosis.lines():
-            print_safe(line)
+    diagnosis += Diagnosis.of(STATIC_CHECKS, ConfigOnHost(config=config, host=host))
+    if not options.static:
+        diagnosis += _step(config, is_small=options.scale == "small")
+    _show(options, diagnosis)
     return diagnosis.exit_code
+
+
+def _step(config: ExperimentConfig, *, is_small: bool) -> Diagnosis:
+    """Return what is found in one real step, on the ranks of the launcher."""
+    check_packages(config)
+    layout = Layout()  # a process alone takes the step of one rank, whatever the config's layout is
+    if world_size_and_rank()[0] > 1:
+        layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
+
+    from trainer.doctor.step.diagnose_step import diagnose_step
+
+    with suggest_prepare(config):
+        return diagnose_step(config, layout, is_small=is_small)
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    """Measure the cluster; the config, if one is named, says only on which device."""
+    device = "auto" if options.config is None else load_named_config(options).parallel.device
+
+    from trainer.doctor.cluster.cluster_lines import cluster_lines
+    from trainer.doctor.cluster.diagnose_cluster import diagnose_cluster
+
+    evidence, diagnosis = diagnose_cluster(device, layout_from_environment(ep_size=1), links=options.links)
+    _show(options, diagnosis, lines=[*cluster_lines(evidence), ""], more={"cluster": evidence.record()})
+    return diagnosis.exit_code
+
+
+def _show(
+    options: argparse.Namespace,
+    diagnosis: Diagnosis,
+    *,
+    lines: Iterable[str] = (),
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Print what was found, on rank 0."""
+    if not is_first_rank():
+        return
+    if options.json:
+        print(json.dumps({**diagnosis.record(), **(more or {})}))
+        return
+    for line in (*lines, *diagnosis.lines()):
+        print_safe(line, file=sys.stdout)

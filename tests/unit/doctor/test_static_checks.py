@@ -89,6 +89,10 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
     "spare_ids": [{"overrides": ["model.vocab_size=8192"]}],
     "large_logits": [{"overrides": [*CUDA, "parallel.loss_chunk=null", "model.vocab_size=100000"], "host": NODE}],
     "unchecked_kernel": [{"overrides": [*CUDA, "parallel.kernel_canary=off"], "host": NODE}],
+    "unfit_ranks": [
+        {"overrides": [*CUDA, "parallel.ep_size=3"], "host": NODE},
+        {"overrides": [*CUDA, "parallel={data: shard, shard_size: 3}"], "host": NODE},
+    ],
     "idle_ranks": [
         {"overrides": [*CUDA, "train.global_batch_size=4"], "host": NODE},
         {"overrides": [*CUDA, "train.global_batch_size=9"], "host": NODE},

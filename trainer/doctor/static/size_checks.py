@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator
 
+from trainer.distributed.rank_layout import check_layout
 from trainer.doctor.finding import Sign
 from trainer.doctor.static.config_on_host import ConfigCheck, ConfigOnHost
+from trainer.errors import ConfigError
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
 
 _TILE = 128
@@ -66,6 +68,17 @@ def _large_logits(subject: ConfigOnHost) -> Iterator[Sign]:
 def _unchecked_kernel(subject: ConfigOnHost) -> Iterator[Sign]:
     if subject.on_gpu and subject.config.parallel.kernel_canary == "off" and subject.config.model.moe is not None:
         yield Sign("parallel.kernel_canary: off", "use auto: it takes seconds at the start")
+
+
+def _unfit_ranks(subject: ConfigOnHost) -> Iterator[Sign]:
+    parallel, ranks = subject.config.parallel, subject.host.world_size
+    if ranks == 1:
+        return  # started alone, or not known yet
+    try:
+        check_layout(world_size=ranks, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
+    except ConfigError as error:
+        problem, _, remedy = str(error).partition("; ")
+        yield Sign(problem, remedy)
 
 
 def _idle_ranks(subject: ConfigOnHost) -> Iterator[Sign]:
@@ -140,6 +153,13 @@ SIZE_CHECKS: tuple[ConfigCheck, ...] = (
         find=_unchecked_kernel,
         why="torch's grouped products returned gradients for experts without tokens on Blackwell, silently",
         source="pytorch/pytorch#172439; huggingface/transformers#48205",
+    ),
+    ConfigCheck(
+        name="unfit_ranks",
+        severity="severe",
+        find=_unfit_ranks,
+        why="the run ends before its first step, once the machines are paid for",
+        source="pytorch/torchtitan#4258",
     ),
     ConfigCheck(
         name="idle_ranks",

@@ -1,0 +1,255 @@
+"""Measure ranks, links and collectives in interleaved rounds. Collective, and within a budget of seconds."""
+
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+import torch
+
+from trainer.distributed.collectives import Group
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.version import turnout_version
+from trainer.doctor.cluster.cluster_evidence import (
+    ClockOffset,
+    ClusterEvidence,
+    CollectiveSpeed,
+    LinkSpeed,
+    RankSpeed,
+    Rounds,
+)
+
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
+_CLOCK_ROUNDS = 9
+_MOST_SERIAL = 16
+"""Ranks up to which links are measured one after another; beyond, disjoint pairs at the same time."""
+_SETTINGS = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
+_PREFIXES = ("NCCL_", "TORCH_NCCL_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Sizes of what is measured."""
+
+    width: int
+    """Rows and columns of the matrices of a product."""
+    copied: int
+    """Bytes of a copy in memory."""
+    sizes: Sequence[int]
+    """Bytes of collectives."""
+    link: int
+    """Bytes that ranks of a link send each other."""
+    dtype: torch.dtype = torch.float32
+    budget_s: float = 40.0
+    """Time for all rounds."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Workload":
+        """Return sizes that take milliseconds on a device."""
+        if device.type == "cpu":
+            return cls(width=512, copied=32 << 20, sizes=[1 << 10, 1 << 16, 1 << 20, 8 << 20], link=4 << 20)
+        sizes = [1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 26, 1 << 28]
+        return cls(width=8192, copied=1 << 30, sizes=sizes, link=1 << 26, dtype=torch.bfloat16)
+
+
+Work = tuple[str, ...]
+"""Name of what is timed: `matmul`, `copy`, `all_reduce BYTES`, `all_to_all BYTES`, `link A B`, `latency A B`."""
+
+
+class Rank:
+    """This rank's part of the work; tests slow parts of it."""
+
+    def __init__(self, workload: Workload, world: Group, device: torch.device) -> None:
+        self.workload, self.world, self.device = workload, world, device
+        width, dtype = workload.width, workload.dtype
+        self._factor = torch.randn(width, width, device=device).to(dtype) / width**0.5
+        self._source = torch.ones(workload.copied // 4, device=device)
+        self._target = torch.empty_like(self._source)
+        self._message = torch.zeros(max(workload.sizes) // 4, device=device)
+
+    def multiply(self) -> None:
+        """Multiply two matrices."""
+        torch.mm(self._factor, self._factor)
+
+    def copy(self) -> None:
+        """Copy a block of memory."""
+        self._target.copy_(self._source)
+
+    def all_reduce(self, num_bytes: int) -> None:
+        """Sum a tensor over all ranks."""
+        self.world.all_reduce_(self._message[: num_bytes // 4])
+
+    def all_to_all(self, num_bytes: int) -> None:
+        """Send each rank an equal part of a tensor."""
+        count = max(1, num_bytes // 4 // self.world.size)
+        self._exchange([count] * self.world.size)
+
+    def exchange(self, partner: int | None, num_bytes: int) -> None:
+        """Send a partner so many bytes and get as many; None: take part without sending."""
+        counts = [num_bytes // 4 if other == partner else 0 for other in range(self.world.size)]
+        self._exchange(counts)
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def _exchange(self, counts: Sequence[int]) -> None:
+        total = sum(counts)
+        if total > len(self._message):
+            self._message = torch.zeros(total, device=self.device)
+        self.world.all_to_all(self._message[:total], counts, counts)
+
+
+def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None = None) -> ClusterEvidence:
+    """Measure the ranks of a mesh. Collective; what it returns is the same on every rank."""
+    start, workload = time.perf_counter(), workload or Workload.of(device)
+    world, per_node = mesh.world, max(1, mesh.layout.ranks_per_node)
+    rank = Rank(workload, world, device)
+    hosts = mesh.host.all_gather_objects(socket.gethostname())
+    work = list(_work(rank, world.size))
+    times = _timed(work, rank, mesh)
+    pairs = list(combinations(range(world.size), 2))
+    return ClusterEvidence(
+        ranks=[
+            RankSpeed(
+                rank=number,
+                host=hosts[number],
+                node=number // per_node,
+                matmul=Rounds(seconds=times["matmul",][number]),
+                copy=Rounds(seconds=times["copy",][number]),
+            )
+            for number in range(world.size)
+        ],
+        links=[
+            LinkSpeed(
+                ranks=pair,
+                nodes=(pair[0] // per_node, pair[1] // per_node),
+                exchange=_of_pair(times["link", str(pair[0]), str(pair[1])], pair),
+                latency=_of_pair(times["latency", str(pair[0]), str(pair[1])], pair),
+            )
+            for pair in pairs
+        ],
+        all_reduce=_collectives("all_reduce", times),
+        all_to_all=_collectives("all_to_all", times),
+        clocks=_clock_offsets(mesh.host),
+        matmul_flops=2.0 * workload.width**3,
+        copy_bytes=2.0 * workload.copied,
+        link_bytes=workload.link,
+        device=device.type,
+        dtype=str(workload.dtype).removeprefix("torch."),
+        settings=_settings(mesh.host),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _of_pair(times: Sequence[Sequence[float]], pair: tuple[int, int]) -> Rounds:
+    """Return the times of the slower of both ranks."""
+    return _slowest([times[rank] for rank in pair])
+
+
+def _collectives(kind: str, times: dict[Work, list[list[float]]]) -> list[CollectiveSpeed]:
+    found = {int(name[1]): of_ranks for name, of_ranks in times.items() if name[0] == kind}
+    return [CollectiveSpeed(num_bytes=size, rounds=_slowest(found[size])) for size in sorted(found)]
+
+
+def _slowest(of_ranks: Sequence[Sequence[float]]) -> Rounds:
+    """Return the time of the slowest rank in each round."""
+    return Rounds(seconds=[max(one) for one in zip(*of_ranks, strict=True)])
+
+
+def _work(rank: Rank, size: int) -> Iterator[tuple[list[Work], Callable[[], None]]]:
+    """Yield everything that is measured, with what it is a time of."""
+    me = rank.world.index
+    yield [("matmul",)], rank.multiply
+    yield [("copy",)], rank.copy
+    if size == 1:
+        return
+    for num_bytes in rank.workload.sizes:
+        yield [("all_reduce", str(num_bytes))], partial(rank.all_reduce, num_bytes)
+        yield [("all_to_all", str(num_bytes))], partial(rank.all_to_all, num_bytes)
+    for pairs in _pairings(size):
+        partner = next((b if a == me else a for a, b in pairs if me in (a, b)), None)
+        for kind, num_bytes in (("link", rank.workload.link), ("latency", 4)):
+            names: list[Work] = [(kind, str(a), str(b)) for a, b in pairs]
+            yield names, partial(rank.exchange, partner, num_bytes)
+
+
+def _pairings(size: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield pairs of ranks, each once: one at a time, or many disjoint ones if there are many ranks (circle method)."""
+    if size <= _MOST_SERIAL:
+        yield from ([pair] for pair in combinations(range(size), 2))
+        return
+    circle: list[int] = [*range(size), *([-1] if size % 2 else [])]
+    for _ in range(len(circle) - 1):
+        pairs = zip(circle[: len(circle) // 2], reversed(circle[len(circle) // 2 :]), strict=True)
+        yield [(min(pair), max(pair)) for pair in pairs if -1 not in pair]
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+
+
+def _timed(
+    work: Sequence[tuple[list[Work], Callable[[], None]]], rank: Rank, mesh: Mesh
+) -> dict[Work, list[list[float]]]:
+    """Return the seconds of every rank and round, by name; all ranks begin each piece of work together."""
+    warm_up = [_seconds(function, rank, mesh.host) for _, function in work]
+    whole = max(mesh.host.all_gather_objects(sum(warm_up)))
+    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(rank.workload.budget_s / max(whole, 1e-9))))
+    mine: dict[Work, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for names, function in work:
+            seconds = _seconds(function, rank, mesh.host)
+            for name in names:
+                mine[name].append(seconds)
+    everyone = mesh.host.all_gather_objects([[list(name), seconds] for name, seconds in mine.items()])
+    return {tuple(name): [of_rank[index][1] for of_rank in everyone] for index, (name, _) in enumerate(everyone[0])}
+
+
+def _seconds(function: Callable[[], None], rank: Rank, host: Group) -> float:
+    _meet(host)
+    start = time.perf_counter()
+    function()
+    rank.wait()
+    return time.perf_counter() - start
+
+
+def _meet(group: Group) -> None:
+    """Wait for all ranks of a group."""
+    group.all_reduce_(torch.zeros(1))
+
+
+def _clock_offsets(host: Group) -> list[ClockOffset]:
+    """Return bounds of each rank's clock ahead of rank 0's.
+
+    Rank 0 reads its clock after all have met, so after any rank came there, and before any has what was read: between
+    two readings of that rank's own clock.
+    """
+    if host.size == 1:
+        return []
+    least, most = float("-inf"), float("inf")
+    for _ in range(_CLOCK_ROUNDS):
+        before = time.time()
+        _meet(host)
+        read = torch.tensor([time.time()], dtype=torch.float64)
+        theirs = float(host.all_gather(read)[0])
+        after = time.time()
+        least, most = max(least, before - theirs), min(most, after - theirs)
+    bounds = host.all_gather_objects([least, most])
+    return [
+        ClockOffset(rank=number, least_s=min(pair), most_s=max(pair)) for number, pair in enumerate(bounds) if number
+    ]
+
+
+def _settings(host: Group) -> dict[str, list[str | None]]:
+    """Return versions and variables that differ between ranks."""
+    names = [name for name in sorted(os.environ) if name in _SETTINGS or name.startswith(_PREFIXES)]
+    mine: dict[str, str | None] = {name: os.environ[name] for name in names}
+    mine |= {"torch": str(torch.__version__), "turnout": turnout_version(), "cores": str(len(os.sched_getaffinity(0)))}
+    everyone = host.all_gather_objects(mine)
+    every = dict.fromkeys(name for one in everyone for name in one)
+    found = {name: [one.get(name) for one in everyone] for name in every}
+    return {name: values for name, values in found.items() if len(set(values)) > 1}

@@ -1,0 +1,187 @@
+"""Take one real step of a config, on one rank or on those of a launcher, and measure it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.data.batches.assemble import row_slice
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.stream import TrainStream
+from trainer.data.corpus import Corpus, build_corpus
+from trainer.distributed.collective_errors import raise_together
+from trainer.distributed.mesh import Mesh
+from trainer.doctor.step.probe_layers import LayerProbe
+from trainer.doctor.step.step_evidence import LayerEvidence, StepEvidence, TextEvidence
+from trainer.engine.step import Accumulated, StepEngine
+from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
+from trainer.models.parameter_roles import is_adapter, is_decayed, parameter_role
+from trainer.optim.schedule import resolve_warmup
+from trainer.prove.gather import gather_state
+from trainer.training.memory import check_memory
+from trainer.training.model import build_parallel_model, check_kernel, numerics, resolve_kernel, single_process
+
+_MOST_PROBED = 4
+"""Rows that layers are asked about."""
+_TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1}
+
+
+def measure_step(
+    config: ExperimentConfig, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
+) -> StepEvidence:
+    """Take the first step of a config, of at most one micro-batch per rank, and measure it. Collective.
+
+    Several ranks measure what concerns them all; what a layer does is measured on one rank.
+
+    Raises:
+        TurnoutError: if the text, the model or the memory does not allow it.
+    """
+    is_alone = mesh.world.size == 1
+    config = single_process(config) if is_alone else config
+    parallel = config.parallel.model_copy(update={"compile": False})
+    config = resolve_kernel(config.model_copy(update={"parallel": parallel}), device)
+    check_memory(config, mesh.layout, device)
+    faults = list[str]()
+    try:
+        config, _ = check_kernel(config, mesh, device, warn=faults.append)
+    except ConfigError as error:
+        faults += str(error).splitlines()
+        config = config.model_copy(update={"parallel": parallel.model_copy(update={"experts_kernel": "loop"})})
+    with raise_together(mesh.world):
+        corpus = build_corpus(config.data, seq_len=config.model.seq_len)
+    stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
+    rows = min(config.train.global_batch_size, mesh.world.size * config.parallel.micro_batch_size)
+    batches = stream.micro_batches(
+        0,
+        global_batch_size=rows,
+        micro_batch_size=config.parallel.micro_batch_size,
+        rank=mesh.layout.rank,
+        world_size=mesh.world.size,
+    )
+    model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=warn)
+    evidence = StepEvidence(
+        text=_text(config, corpus, stream, batches),
+        tolerance=_TOLERANCES[config.train.dtype],
+        kernel_faults=faults,
+    )
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
+    assert isinstance(engine, StepEngine)
+    with closing(engine):
+        if is_alone:
+            batch = row_slice(batches[0], 0, _MOST_PROBED).to(device)
+            probe = LayerProbe(model=model, batch=batch, autocast=engine.autocast, seed=config.seed)
+            evidence.layers = probe.layers()
+            evidence.later_tokens_change = probe.later_tokens_change()
+            evidence.other_rows_change = probe.other_rows_change()
+        _take_step(config, engine, batches, evidence)
+    return evidence
+
+
+def _text(config: ExperimentConfig, corpus: Corpus, stream: TrainStream, batches: Sequence[Batch]) -> TextEvidence:
+    epochs = stream.epochs(config.train.steps * config.train.global_batch_size)
+    domain = max(epochs, key=lambda name: epochs[name])
+    return TextEvidence(
+        num_tokens=sum(batch.tokens.numel() for batch in batches),
+        padding=sum(batch.tokens.numel() - batch.num_valid for batch in batches),
+        targets=sum(int((batch.target_mask > 0).sum()) for batch in batches),
+        seq_len=config.model.seq_len,
+        packing=config.data.packing,
+        epochs=epochs[domain],
+        domain=domain,
+        vocab_rows=config.model.vocab_size or corpus.tokenizer.vocab_size,
+        num_ids=corpus.tokenizer.vocab_size,
+    )
+
+
+def _take_step(config: ExperimentConfig, engine: StepEngine, batches: Sequence[Batch], evidence: StepEvidence) -> None:
+    """Compute the step twice and apply it once."""
+    first = _numbers(engine.accumulate(batches))
+    engine._drop_gradients()
+    step = engine.accumulate(batches)
+    evidence.loss, norm = _numbers(step)
+    evidence.repeated = first == (evidence.loss, norm)
+    evidence.grad_norms = engine.mesh.world.all_gather_objects(norm)
+    gradients = {name: part.tensor for name, part in gather_state(engine.gradients(), engine.mesh).slices.items()}
+    whole = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
+    evidence.whole_norm = engine.mesh.world.broadcast_object(whole if engine.mesh.layout.rank == 0 else None)
+    lr = config.schedule.build(total_steps=config.train.steps)
+    rate = lr(resolve_warmup(config.schedule.warmup_steps, config.train.steps))
+    if engine.mesh.world.size > 1:
+        evidence.not_finite = engine.apply(step, lr=rate).not_finite
+        return
+    before = _Before.of(engine, gradients)
+    if step.routing is not None:
+        for layer, counts in zip(evidence.layers, step.routing.counts.tolist(), strict=True):
+            _experts_gradients(layer, counts, gradients.get(f"blocks.{layer.layer}.ffn.experts.w_out"))
+    result = engine.apply(step, lr=rate)
+    evidence.not_finite = result.not_finite
+    if not result.skipped:
+        before.compare(engine, evidence)
+    evidence.decayed_vectors = _decayed_vectors(engine)
+
+
+def _numbers(step: Accumulated) -> tuple[float, float]:
+    return float(step.total.loss), float(step.grad_norm)
+
+
+def _experts_gradients(layer: LayerEvidence, counts: Sequence[int], gradient: Tensor | None) -> None:
+    """Compare the assignments of experts with the gradient of their second product (E, D, F); None: it is frozen."""
+    layer.counts = counts
+    if gradient is None or len(gradient) != len(counts):
+        return
+    has_gradient = gradient.flatten(1).abs().amax(1) > 0
+    pairs = list(enumerate(zip(counts, has_gradient.tolist(), strict=True)))
+    layer.silent_experts = [expert for expert, (count, has) in pairs if count and not has]
+    layer.unfed_gradients = [expert for expert, (count, has) in pairs if has and not count]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Before:
+    """Weights before a step: all frozen ones, and of each that learns the element with the largest gradient."""
+
+    elements: Mapping[str, tuple[int, float, float]]
+    """Index, gradient, value."""
+    frozen: Mapping[str, Tensor]
+    biases: Sequence[Tensor | None]
+
+    @classmethod
+    def of(cls, engine: StepEngine, gradients: Mapping[str, Tensor]) -> "_Before":
+        elements = {}
+        for name, parameter in engine.learning.items():
+            gradient = gradients[name].flatten()
+            index = int(gradient.abs().argmax())
+            elements[name] = index, float(gradient[index]), float(parameter.detach().flatten()[index])
+        frozen = {name: p.detach().clone() for name, p in engine.parameters.items() if name not in engine.learning}
+        return cls(elements=elements, frozen=frozen, biases=_biases(engine))
+
+    def compare(self, engine: StepEngine, evidence: StepEvidence) -> None:
+        """Note what the step has changed, and what not."""
+        now = {name: float(engine.learning[name].detach().flatten()[at]) for name, (at, _, _) in self.elements.items()}
+        items = self.elements.items()
+        evidence.unchanged = [name for name, (_, gradient, value) in items if gradient and now[name] == value]
+        evidence.without_gradient = [
+            name
+            for name, (_, gradient, _) in items
+            if not gradient and parameter_role(name) not in ("router", "expert") and not is_adapter(name)
+        ]
+        frozen = self.frozen.items()
+        evidence.changed_frozen = [name for name, was in frozen if not torch.equal(was, engine.parameters[name])]
+        for layer, before, after in zip(evidence.layers, self.biases, _biases(engine), strict=True):
+            if before is not None and after is not None and len(after) == len(layer.counts):
+                layer.bias_moves = (after - before).tolist()
+
+
+def _biases(engine: StepEngine) -> list[Tensor | None]:
+    found = [getattr(layer.router, "bias", None) for layer in engine.model.moe_layers()]
+    return [bias.detach().clone() if isinstance(bias, Tensor) and not bias.requires_grad else None for bias in found]
+
+
+def _decayed_vectors(engine: StepEngine) -> list[str]:
+    """Return weights that the native optimizer decays and that are no matrices."""
+    names = {id(p): name for name, p in engine.learning.items()}
+    groups = getattr(getattr(engine, "optimizer", None), "param_groups", [])
+    decayed = [p for group in groups if group.get("weight_decay") for p in group["params"] if id(p) in names]
+    return [names[id(p)] for p in decayed if not is_decayed(names[id(p)], p)]
