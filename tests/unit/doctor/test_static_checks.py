@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 
 from trainer.config.loader import load
+from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
 from trainer.doctor.finding import DoctorFinding, examine
 from trainer.doctor.host_facts import HostFacts
+from trainer.doctor.recorded.run_checks import RUN_CHECKS
 from trainer.doctor.static.config_on_host import ConfigOnHost
 from trainer.doctor.static.registry import STATIC_CHECKS
+from trainer.doctor.step.step_checks import STEP_CHECKS
+from trainer.doctor.step.text_checks import TEXT_CHECKS
 from trainer.experiment import ExperimentConfig
 
 ROOT = Path(__file__).parents[3]
@@ -182,5 +186,5 @@ def test_what_is_severe_depends_on_how_bad_it_is() -> None:
 
 def test_the_documentation_has_every_check() -> None:
     text = (ROOT / "docs/doctor.md").read_text()
-    for check in STATIC_CHECKS:
+    for check in (*STATIC_CHECKS, *STEP_CHECKS, *TEXT_CHECKS, *RUN_CHECKS, *CLUSTER_CHECKS):
         assert f"| `{check.name}` | {check.severity} | {check.why} | {check.source} |" in text
