@@ -13,7 +13,7 @@ from trainer.doctor.finding import examine
 from trainer.doctor.recorded.run_checks import RUN_CHECKS
 from trainer.doctor.recorded.run_evidence import RunEvidence, read_run
 from trainer.runs.recorded_log import RecordedLog
-from trainer.runs.run_state import RunProgress
+from trainer.runs.run_state import RunProgress, State
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def logged(*records: dict[str, Any]) -> Callable[[RunEvidence], RunEvidence]:
     return lambda evidence: replace(evidence, log=RecordedLog(records=lines))
 
 
-def ended(**values: Any) -> Callable[[RunEvidence], RunEvidence]:
-    return lambda evidence: replace(evidence, progress=RunProgress(**{"state": "finished", **values}))
+def ended(state: State = "finished", **values: Any) -> Callable[[RunEvidence], RunEvidence]:
+    return lambda evidence: replace(evidence, progress=RunProgress(state=state, **values))
 
 
 def each(key: str, values: Sequence[float], **more: Any) -> list[dict[str, Any]]:
