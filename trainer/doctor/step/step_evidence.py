@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from trainer.doctor.finding import Check
 
+_MOST_SHOWN = 4
+
 
 @dataclass(slots=True, kw_only=True)
 class LayerEvidence:
@@ -96,3 +98,9 @@ class StepEvidence:
 
 
 StepCheck = Check[StepEvidence]
+
+
+def few_names(names: Sequence[object]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return f"{', '.join(map(str, names[:_MOST_SHOWN]))}{more}"
