@@ -9,6 +9,7 @@ set -euo pipefail
 cd -- "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$(scripts/setup.sh dev)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests are small, and many start several processes
+unset PYTHONDONTWRITEBYTECODE                    # or each of those would compile trainer/ again
 
 what="${1-all}" # all and fast check the code as well
 case "$what" in

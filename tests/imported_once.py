@@ -1,6 +1,7 @@
 """Start Python processes in milliseconds: forks of a server that has imported everything and computed nothing.
 
-For tests that are not about the start of a process, which would spend most of its time importing torch.
+For tests that are not about the start of a process, which would spend most of its time importing torch. What such a
+process starts by `python -m trainer` or torchrun, as `launch` and `sweep` do, is a fork too (tests/forked_children.py).
 """
 
 import multiprocessing
@@ -17,15 +18,23 @@ import torch
 
 import trainer.training.generate_text
 import trainer.training.main
+from tests.forked_children import fork_children
 from trainer import fault_injection
 from trainer.prove import pool  # uses the same server, so its imports are among these
 
+OF_A_RUN = (
+    *("trainer.cli", "trainer.training.main", "trainer.engine.native", "trainer.optim.create", "numpy.ma"),
+    *("trainer.parallel.replicate", "trainer.data.sources.text", "trainer.moe.routers.bias_balanced"),
+)
+"""Modules that every run imports, some of them late."""
 CONTEXT = multiprocessing.get_context("forkserver")
 """Multiprocessing context whose processes are such forks."""
 CONTEXT.set_forkserver_preload(
     [
         *pool.PRELOAD,
-        *("trainer.training.main", "trainer.checkpoint.tools.export_dcp", "tests.imported_once", "pytest"),
+        *OF_A_RUN,
+        *("trainer.checkpoint.tools.export_dcp", "tests.imported_once", "pytest"),
+        *("torch.distributed.launcher.api", "trainer.distributed.liveness_pipe"),  # of torchrun
         *("scipy.optimize", "scipy.sparse"),  # half of the time of a run that measures routing_gap
     ]
 )
@@ -115,6 +124,12 @@ def _work(arguments: list[str], cwd: str, outputs: list[str], variables: dict[st
     os.environ.clear()
     os.environ.update(variables)
     multiprocessing.current_process().daemon = False  # it may start ranks, by the same server
+    fork_children(_run)
+    _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run `python ARGUMENTS` in this process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     shorten_sample()

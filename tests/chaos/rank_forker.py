@@ -4,6 +4,7 @@ The ranks run the real command line with torchrun's environment. As torchrun doe
 dies, unless a scenario tests that they end by themselves.
 """
 
+import importlib
 import os
 import re
 import resource
@@ -22,10 +23,14 @@ import torch
 
 import trainer.cli
 import trainer.training.main
+from tests.imported_once import OF_A_RUN
 from trainer import fault_injection
 from trainer.distributed.interface import LOOPBACK
 from trainer.distributed.store import serve
 from trainer.supervise.die_with_parent import end_with
+
+for _module in OF_A_RUN:
+    importlib.import_module(_module)
 
 _GRACE_S = 20.0
 """A rank that was asked to end has so long."""

@@ -23,7 +23,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with a config, a text and two finished runs: `alone`, and `together` on two ranks."""
     folder = make_workplace(tmp_path_factory.mktemp("ranks"), dtype="float64")
     run(folder, "train", "tiny.yaml", "name=alone")
-    result = torchrun(folder, 2, "train", "tiny.yaml", "name=together", "parallel.ep_size=2")
+    result = torchrun(folder, 2, "train", "tiny.yaml", "name=together", "parallel.ep_size=2", imports=True)
     assert result.returncode == 0, result.stderr
     return folder
 

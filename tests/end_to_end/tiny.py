@@ -58,10 +58,12 @@ def run_ranks(folder: Path, num_ranks: int, *arguments: str) -> str:
     return (folder / "stdout.0").read_text()
 
 
-def torchrun(folder: Path, num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command under torchrun, as a user does."""
-    options = ["--standalone", "--nproc-per-node", str(num_ranks)]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "trainer", *arguments]
+def torchrun(folder: Path, num_ranks: int, *arguments: str, imports: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command under torchrun; with `imports` in processes that import everything themselves, as a user's do."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", "trainer"]
+    if not imports:
+        return imported_once.run([*command, *arguments], cwd=folder, timeout=200)
+    command = [sys.executable, *command, *arguments]
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
 
 

@@ -1,14 +1,14 @@
 """What a rank of a large world holds, and needs to start."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
+from tests import imported_once
 from tests.builders import make_model, tiny_model_config
+from tests.launched_ranks import ROOT
 from trainer.models.block import Block
 from trainer.ops import block_attention
 from trainer.ops.attention import blocked_attention, torch_attention
@@ -17,8 +17,10 @@ from trainer.parallel.parallelize import choose_attention
 
 
 def _held(layout: dict[str, Any], model: dict[str, Any], *device: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.fake_world", json.dumps(layout), json.dumps(model), *device]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+    command = ["-m", "tests.fake_world", json.dumps(layout), json.dumps(model), *device]
+    done = imported_once.run(command, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("rank", [0, 200, 511])

@@ -1,15 +1,12 @@
 """A sweep goes on wherever it was stopped, and ends with the table of one that was not."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.launched_ranks import ROOT
+from tests import imported_once
 from tests.sweep_outcomes import places
 from tests.tiny_training import CONFIG, train_here
 from trainer.errors import PREEMPTED
@@ -26,12 +23,15 @@ points: [{name: orphan, init_from: {run: nowhere}}]
 PATIENCE_S = 240
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "trainer", "sweep", str(folder / "s.yaml"), *places(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
-    )
+def start(folder: Path) -> imported_once.Process:
+    command = ["-m", "trainer", "sweep", "s.yaml", *places(folder)]
+    return imported_once.Process(command, cwd=folder, stdout=folder / "stdout", stderr=folder / "stderr")
+
+
+def wait_for(folder: Path, process: imported_once.Process) -> tuple[int, str]:
+    """Wait for the end; return the exit code and what was said."""
+    code = process.wait(PATIENCE_S)
+    return code, (folder / "stdout").read_text() + (folder / "stderr").read_text()
 
 
 def newest_step(trial: Trial) -> int:
@@ -46,8 +46,7 @@ def interrupt(folder: Path, number: signal.Signals, trial: Trial) -> tuple[int, 
     while newest_step(trial) <= before and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, said, newest_step(trial)
+    return *wait_for(folder, process), newest_step(trial)
 
 
 def table(folder: Path) -> dict[str, Any]:
@@ -78,9 +77,8 @@ def test_a_sweep_that_was_killed_three_times_ends_with_the_same_table(tmp_path: 
     code, said, step = interrupt(killed, signal.SIGTERM, second)
     assert (code, step < 60) == (PREEMPTED, True) and "stopped by SIGTERM: trials have saved" in said
     assert not orphan.folder.path.exists()
-    last = start(killed)
-    said, _ = last.communicate(timeout=PATIENCE_S)
-    assert last.returncode == FAILED and "1 of 3 trials have trained to step 60 already" in said
+    code, said = wait_for(killed, start(killed))
+    assert code == FAILED and "1 of 3 trials have trained to step 60 already" in said
     reason = f"{orphan.name}: exit code "
     assert f"failed: {reason}" in said and "nowhere" in said
     assert newest_step(first) == newest_step(second) == 60
