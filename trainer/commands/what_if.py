@@ -6,12 +6,12 @@ import sys
 from dataclasses import asdict
 
 from trainer.commands.arguments import Subparsers, add_command, as_path, names, whole
-from trainer.config.nodes import shown
+from trainer.config.nodes import shown, shown_path
 from trainer.errors import ConfigError
 from trainer.terminal import print_safe
 
 DISPATCHERS = ("all_to_all", "padded_all_to_all", "deduplicated_all_to_all", "all_gather")
-PLACEMENTS = ("contiguous", "balanced")
+PLACEMENTS = ("contiguous", "round_robin", "greedy", "balanced")
 
 
 def add(subparsers: Subparsers) -> None:
@@ -25,8 +25,10 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--policy", choices=("position", "choice_major", "probability", "random"), help=what)
     sub.add_argument("--top-k", type=_numbers, metavar="K,L", help="experts per token (those of the model)")
     sub.add_argument("--ep-size", type=_numbers, metavar="N,M", default=[], help="ranks that the experts are on")
-    what = "contiguous (as in training), balanced (from this trace), or a JSON file (contiguous)"
+    what = "contiguous, round_robin, greedy or balanced (from this trace), or a JSON file (contiguous)"
     sub.add_argument("--placement", type=names, metavar="A,B", default=["contiguous"], help=what)
+    what = "write the balanced placement over the one --ep-size, for parallel.placement"
+    sub.add_argument("--write-placement", type=as_path, metavar="FILE", help=what)
     what = f"what sends: {', '.join(DISPATCHERS)} (all_to_all)"
     sub.add_argument("--dispatcher", type=names, metavar="A,B", default=["all_to_all"], help=what)
     what = "FLOP/s of a rank, for a modelled step time; with --bandwidth"
@@ -62,10 +64,17 @@ def what_if_command(options: argparse.Namespace) -> int:
         raise ConfigError("--flops: a step's time is modelled from both --flops and --bandwidth; give both or neither")
     for name in options.placement:
         if name not in PLACEMENTS and not name.endswith(".json"):
-            raise ConfigError(f"--placement: {shown(name)} is neither contiguous, balanced nor a JSON file")
+            raise ConfigError(f"--placement: {shown(name)} is none of {', '.join(PLACEMENTS)}, nor a JSON file")
+    if options.write_placement is not None:
+        if len(options.ep_size) != 1:
+            raise ConfigError("--write-placement: a placement is for one number of ranks; give one --ep-size")
+        if options.write_placement.suffix != ".json":
+            raise ConfigError(
+                f"--write-placement: {shown_path(options.write_placement)}: use a name that ends in .json"
+            )
 
     from trainer.what_if.prediction_table import prediction_lines
-    from trainer.what_if.scenarios import Scenarios, predict_all
+    from trainer.what_if.scenarios import Scenarios, predict_all, write_best_placement
 
     wanted = Scenarios(
         capacities=options.capacity,
@@ -77,10 +86,13 @@ def what_if_command(options: argparse.Namespace) -> int:
         speeds=None if options.flops is None else (options.flops, options.bandwidth),
     )
     predictions = predict_all(options.trace, wanted)
+    said = []
+    if options.write_placement is not None:
+        said.append(write_best_placement(options.trace, options.ep_size[0], options.write_placement))
     if options.json:
         found = [{**asdict(one), "drop_rate": one.drop_rate} for one in predictions]
         print(json.dumps({"trace": str(options.trace), "predictions": found}))
         return 0
-    for line in prediction_lines(predictions):
+    for line in [*prediction_lines(predictions), *said]:
         print_safe(line, file=sys.stdout)
     return 0

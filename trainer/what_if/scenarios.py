@@ -3,16 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
-from trainer.errors import ConfigError
+import torch
+
+from trainer.config.nodes import shown, shown_path
+from trainer.errors import ConfigError, ResourceError
+from trainer.parallel.expert_placement import (
+    busiest_over_mean,
+    contiguous_placement,
+    placement_by_loads,
+    read_placement,
+    round_robin_placement,
+    write_placement,
+)
+from trainer.parallel.placement_programme import greedy_placement, solve_placement
 from trainer.what_if.dispatch_traffic import SendingDispatcher
-from trainer.what_if.expert_placement import balanced_placement, contiguous_placement, read_placement
 from trainer.what_if.predicted_decision import check_top_ks
 from trainer.what_if.prediction import Hardware, PlacedExperts, Prediction, expert_loads, predict
 from trainer.what_if.traced_passes import Trace
 
 CapacityPolicy = Literal["position", "choice_major", "probability", "random"]
+_BY_NUMBERS = {"contiguous": contiguous_placement, "round_robin": round_robin_placement}
+_BY_LOADS = {"balanced": solve_placement, "greedy": greedy_placement}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +37,7 @@ class Scenarios:
     top_ks: Sequence[int] | None = None
     ep_sizes: Sequence[int] = ()
     placements: Sequence[str] = ("contiguous",)
-    """`contiguous`, `balanced` or a JSON file."""
+    """`contiguous`, `round_robin`, `greedy`, `balanced` or a JSON file."""
     policy: CapacityPolicy | None = None
     """Whom a capacity prefers."""
     dispatchers: Sequence[SendingDispatcher] = ("all_to_all",)
@@ -64,20 +78,50 @@ def predict_all(folder: Path, wanted: Scenarios) -> list[Prediction]:
 
 def _places(trace: Trace, wanted: Scenarios) -> list[PlacedExperts]:
     layers, experts = len(trace.model.moe_layers), trace.model.num_experts
-    loads = expert_loads(trace) if wanted.ep_sizes and "balanced" in wanted.placements else None
+    has_loads = not set(_BY_LOADS).isdisjoint(wanted.placements)
+    loads = expert_loads(trace).tolist() if wanted.ep_sizes and has_loads else []
     found = []
     for size in wanted.ep_sizes:
-        if size > experts:
-            raise ConfigError(f"--ep-size: {size} is more than the {experts} experts; use 1 to {experts}")
+        _check_size(size, experts)
         for name in wanted.placements:
-            if name == "contiguous":
-                owner = contiguous_placement(layers, experts, size)
-            elif name == "balanced":
-                assert loads is not None, "counted above"
-                owner = balanced_placement(loads, size)
+            if name in _BY_LOADS:
+                placement, _ = placement_by_loads(loads, size, _BY_LOADS[name])
+            elif name in _BY_NUMBERS:
+                placement = _BY_NUMBERS[name](layers, experts, size)
             else:
-                owner = read_placement(Path(name), layers, experts)
-                if int(owner.max()) >= size:
-                    raise ConfigError(f"--placement: {name} has rank {int(owner.max())}, and --ep-size is {size}")
-            found.append(PlacedExperts(name=name, num_ranks=size, owner=owner))
+                placement = read_placement(Path(name), num_layers=layers, num_experts=experts, key="--placement")
+                if placement.num_ranks != size:
+                    raise ConfigError(
+                        f"--placement: {shown(name)} is for {placement.num_ranks} ranks (ep_size), and --ep-size is "
+                        f"{size}"
+                    )
+            found.append(PlacedExperts(name=name, num_ranks=size, owner=torch.tensor(placement.owners)))
     return found
+
+
+def _check_size(size: int, num_experts: int) -> None:
+    if size > num_experts:
+        raise ConfigError(f"--ep-size: {size} is more than the {num_experts} experts; use 1 to {num_experts}")
+
+
+def write_best_placement(folder: Path, num_ranks: int, to: Path) -> str:
+    """Write the best placement by a trace's loads to a file for `parallel.placement`; return a line about it.
+
+    Raises:
+        ConfigError: if there are more ranks than experts.
+        DataError: if the trace is damaged.
+        ResourceError: if the disk refuses.
+    """
+    loads = expert_loads(Trace(folder)).tolist()
+    _check_size(num_ranks, len(loads[0]))
+    placement, layers = placement_by_loads(loads, num_ranks, solve_placement)
+    try:
+        write_placement(to, placement)
+    except OSError as error:
+        raise ResourceError(f"{shown_path(to)}: cannot be written: {error.strerror}; name another file") from None
+    before = busiest_over_mean(loads, contiguous_placement(len(loads), len(loads[0]), num_ranks))
+    worst = max(layer.busiest / max(1, layer.bound) for layer in layers)
+    return (
+        f"{shown_path(to)}: busiest rank {fmean(busiest_over_mean(loads, placement)):.3f} times the mean, mean of "
+        f"{len(layers)} MoE layers (contiguous: {fmean(before):.3f}); at most {worst - 1:.2%} above the best possible"
+    )

@@ -37,9 +37,28 @@ def test_every_combination_is_predicted_and_what_cannot_be_is_refused(
     assert (
         len(lines) == 1 + 4 + 1 + 1 + 8 and "step ms (model)" in lines[6] and " none   2   2 contiguous " in lines[10]
     )
-    assert "is neither contiguous, balanced nor" in said(["what-if", trace, "--placement", "x"], capsys, code=2)
+    assert "is none of contiguous, round_robin, greedy, balanced, nor" in said(
+        ["what-if", trace, "--placement", "x"], capsys, code=2
+    )
     assert "is not predicted; use all_to_all" in said(["what-if", trace, "--dispatcher", "mail"], capsys, code=2)
     assert "give both or neither" in said(["what-if", trace, "--flops", "1"], capsys, code=2)
+    file = str(tmp_path / "best.json")
+    placed = said(["what-if", trace, "--ep-size", "2", "--write-placement", file], capsys).splitlines()
+    assert "busiest rank 1." in placed[-1] and placed[-1].endswith("% above the best possible")
+    names = f"contiguous,round_robin,greedy,balanced,{file}"
+    options = ["what-if", trace, "--ep-size", "2", "--placement", names, "--json"]
+    (one,) = json.loads(said(options, capsys))["predictions"]
+    contiguous, _, greedy, balanced, read = [
+        [max(rows) for rows in layout["rows_per_rank"]] for layout in one["layouts"]
+    ]
+    assert read == balanced, "the file is the balanced placement"
+    assert all(b <= g <= c for b, g, c in zip(balanced, greedy, contiguous, strict=True)) and balanced != contiguous
+    options = ["what-if", trace, "--ep-size", "4", "--placement", file]
+    assert "is for 2 ranks (ep_size), and --ep-size is 4" in said(options, capsys, code=2)
+    assert "give one --ep-size" in said(["what-if", trace, "--write-placement", file], capsys, code=2)
+    nowhere = str(tmp_path / "no" / "p.json")
+    options = ["what-if", trace, "--ep-size", "2", "--write-placement", nowhere]
+    assert "cannot be written: No such file" in said(options, capsys, code=7)
     assert said(["eval", str(run), "--json", "--record", str(tmp_path / "r")], capsys)
     assert "without scores, not a trace" in said(["what-if", str(tmp_path / "r")], capsys, code=3)
     path = next((tmp_path / "t").glob("*.safetensors"))
