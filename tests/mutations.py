@@ -90,8 +90,8 @@ def experts_seeded_by_rank() -> None:
     """Initialise the experts of every rank from the same random stream (FastMoE #4)."""
     whole = initialize.expert_parameters
 
-    def wrong(model: GPT) -> dict[str, int]:
-        return dict.fromkeys(whole(model), 0)
+    def wrong(model: GPT) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(range(len(numbers))) for name, numbers in whole(model).items()}
 
     initialize.expert_parameters = wrong
 

@@ -16,7 +16,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -97,6 +97,7 @@ def draw(number: int, folder: Path) -> Trial:
             config = _with_fold(random.Random(f"fold {number}"), config, text)
             config = _with_average(random.Random(f"average {number}"), config)
             case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
+            case = _placed(random.Random(f"placement {number}"), case)
             apply_case(config, case)
         except (ConfigError, ValidationError):  # as where the router of an adapted model has no weights
             continue
@@ -111,6 +112,15 @@ def _replays(drawn: random.Random, config: ExperimentConfig) -> bool:
     moe = config.model.moe
     can_replay = moe is not None and moe.router.replays_experts and moe.router.recorded_k is not None
     return can_replay and drawn.random() < 0.3
+
+
+def _placed(drawn: random.Random, case: Case) -> Case:
+    """Draw where experts are, and whether they are somewhere else after the first step."""
+    if case.ep_size == 1:
+        return case
+    kinds: tuple[Literal["contiguous", "round_robin"], ...] = ("contiguous", "round_robin")
+    first, then = drawn.choice(kinds), drawn.choice(kinds)
+    return replace(case, placement=first, moves_to=then if then != first else None)
 
 
 def _packing(drawn: random.Random, text: str) -> str:

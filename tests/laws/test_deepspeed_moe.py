@@ -121,7 +121,7 @@ def _ours(convention: Convention, mesh: Mesh) -> dict[str, Tensor]:
     share = EXPERTS // ep_size
     first = mesh.layout.ep_rank * share
     if ep_size > 1:
-        layer.experts.keep(first, first + share)
+        layer.experts.keep(range(first, first + share))
     with torch.no_grad():
         layer.router.gate.weight.copy_(weights["gate"])  # type: ignore[union-attr]
         layer.experts.w_in.copy_(weights["w_in"][first : first + share])

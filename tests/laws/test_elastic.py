@@ -45,9 +45,10 @@ class Where:
     ep_size: int
     data: str = "replicate"
     shard_size: int | None = None
+    placement: str = "contiguous"
 
     def __str__(self) -> str:
-        return f"{self.world_size} ranks, ep {self.ep_size}, {self.data} {self.shard_size or ''}"
+        return f"{self.world_size} ranks, ep {self.ep_size}, {self.data} {self.shard_size or ''}, {self.placement}"
 
 
 ONE = Where(1, 1)
@@ -63,11 +64,17 @@ SHARDED = [
     (Where(4, 1, "shard", 2), Where(3, 1, "shard")),
 ]
 
+MOVED = [
+    (Where(3, 3), Where(3, 3, placement="round_robin")),
+    (Where(4, 2, "shard", placement="round_robin"), Where(4, 1, "shard", 2)),
+    (EP[1], Where(4, 2, "shard", 2, "round_robin")),
+]
+
 
 def _engine(where: Where, dtype: torch.dtype) -> NativeEngine:
     sizes: dict[str, Any] = {"ep_size": where.ep_size, "shard_size": where.shard_size}
     mesh = mesh_here(**sizes) if where.world_size > 1 else Mesh.of_one()
-    section = ParallelConfig(data=where.data, **sizes)  # type: ignore[arg-type]
+    section = ParallelConfig(data=where.data, placement=where.placement, **sizes)  # type: ignore[arg-type]
     return make_engine(tiny_model_config(MOE), dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
 
 
@@ -140,7 +147,7 @@ def stay(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Stay:
     return run
 
 
-@pytest.mark.parametrize(("before", "after"), RESIZES + UNEVEN + SHARDED, ids=lambda where: str(where))
+@pytest.mark.parametrize(("before", "after"), RESIZES + UNEVEN + SHARDED + MOVED, ids=lambda where: str(where))
 def test_a_run_goes_on_under_another_layout(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
     for dtype, steps, tolerance in ((torch.float32, 5, 1e-5), (torch.float64, 50, 1e-9)):
         run = stay(before, dtype, steps)

@@ -1,5 +1,7 @@
 """Law: the number of ranks and the placement of experts do not change what is learned."""
 
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,9 @@ from trainer.distributed.rank_layout import Layout, even_slice
 from trainer.engine.native import NativeEngine
 from trainer.moe.dispatch.registry import ExchangeOptions
 from trainer.parallel.config import ParallelConfig
+from trainer.parallel.expert_placement import ExpertPlacement, contiguous_placement, write_placement
 
+DEDUPLICATED = "deduplicated_all_to_all"
 STEPS, ROWS, SEQ_LEN = 10, 7, 8  # 7 rows: not divisible by any number of ranks used here
 
 LAYOUTS = {
@@ -121,7 +125,7 @@ def _whole(states: list[TrainState]) -> dict[str, torch.Tensor]:
         for name, part in state.slices.items():
             tensor = whole.setdefault(name, torch.empty(part.global_shape, dtype=part.tensor.dtype))
             seen = filled.setdefault(name, torch.zeros(part.global_shape, dtype=torch.bool))
-            here = slice(part.start, part.start + len(part.tensor)) if part.tensor.dim() else ...
+            here = [start + i for _, start, length in part.spans for i in range(length)] if part.tensor.dim() else ...
             assert torch.equal(tensor[here][seen[here]], part.tensor[seen[here]]), f"copies of {name} differ"
             tensor[here], seen[here] = part.tensor, True
     assert all(seen.all() for seen in filled.values()), "every expert is somewhere"
@@ -187,6 +191,48 @@ def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
 @pytest.mark.parametrize("data", ["replicate", "shard"])
 def test_experts_in_chunks_learn_the_same(ranks: Ranks, data: str) -> None:
     _compare(ranks, (4, 2), MODELS["dropless"], {"dispatcher": {"kind": "all_to_all", "chunks": 3}, "data": data})
+
+
+PLACED: dict[str, tuple[tuple[int, int], dict[str, Any], dict[str, Any], int]] = {
+    "all_to_all": ((4, 2), MODELS["previous_step"], {}, 1),
+    "in chunks of two hops, micro-batches": (
+        (4, 4),
+        MODELS["dropless"],
+        {"dispatcher": {"kind": "hierarchical", "chunks": 2}},
+        2,
+    ),
+    "tokens once per rank": ((2, 2), OTHER_ROUTERS["null experts"], {"dispatcher": {"kind": DEDUPLICATED}}, 1),
+    "padded, uneven": (
+        (3, 3),
+        MODELS["bias_balanced, jitter, capacity"],
+        {"dispatcher": {"kind": "padded_all_to_all"}},
+        1,
+    ),
+    "all_gather, diversity": (
+        (2, 2),
+        OTHER_ROUTERS["device balance, diversity"],
+        {"dispatcher": {"kind": "all_gather"}},
+        1,
+    ),
+    "a row budget": ((2, 2), MODELS["dropless"], {"dispatcher": {"kind": "all_to_all", "row_budget": 1.0}}, 1),
+    "sharded": ((4, 2), MODELS["bias_balanced, jitter, capacity"], {"data": "shard"}, 2),
+}
+"""Ranks and ep_size, model, other options and micro-batches."""
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_experts_learn_the_same_wherever_they_are(ranks: Ranks, tmp_path: Path, case: str) -> None:
+    """Under a placement drawn for each layer."""
+    (world_size, ep_size), moe, parallel, num_pieces = PLACED[case]
+    drawn, (plain,) = random.Random(case), contiguous_placement(1, 8, ep_size).owners
+    owners = tuple(tuple(drawn.sample(plain, len(plain))) for _ in range(2))
+    write_placement(tmp_path / "p.json", ExpertPlacement(num_ranks=ep_size, owners=owners))
+    parallel = {**parallel, "ep_size": ep_size, "placement": str(tmp_path / "p.json")}
+    together = _compare(ranks, (world_size, ep_size), moe, parallel, num_pieces=num_pieces)
+    parts = [mine["state"].slices["model.blocks.1.ffn.experts.w_in"] for mine in together]
+    expected = [[e for e in range(8) if owners[1][e] == rank % ep_size] for rank in range(world_size)]
+    if "data" not in parallel:
+        assert [[start + i for _, start, n in part.spans for i in range(n)] for part in parts] == expected
 
 
 BUDGETS: dict[str, tuple[float, dict[str, Any], dict[str, Any], int]] = {

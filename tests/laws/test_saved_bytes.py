@@ -95,7 +95,7 @@ def on_a_rank(config: Any) -> tuple[int, int]:
     """Return the saved bytes of a rank, and the bytes of X, of the rows that it got and of their hidden values."""
     mesh, layer = mesh_here(ep_size=dist.get_world_size()), make_layer("grouped")
     layer.dispatcher = config.build(mesh, NUM_EXPERTS)
-    layer.experts.keep(*even_slice(NUM_EXPERTS, mesh.ep.size, mesh.ep.index))
+    layer.experts.keep(range(*even_slice(NUM_EXPERTS, mesh.ep.size, mesh.ep.index)))
     given = []
     layer.experts.register_forward_pre_hook(lambda _, arguments: given.append((len(arguments[0]), arguments[1])))
     found = saved_bytes(layer)

@@ -4,6 +4,20 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "rows apart are written from the first one",
+        "checkpoint/saver.py",
+        "return part.tensor[first : first + wanted.length]",
+        "return part.tensor[: wanted.length]",
+        "checkpoint/test_save_and_load.py::test_rows_apart_are_saved_where_they_belong_and_read_back",
+    ),
+    in_package(
+        "a part of rows apart has the numbers of the first ones",
+        "checkpoint/state.py",
+        "self.numbers[first : first + len(tensor)]",
+        "self.numbers[: len(tensor)]",
+        "checkpoint/test_state.py",
+    ),
+    in_package(
         "the best checkpoint is pruned",
         "checkpoint/checkpoint_folder.py",
         "elif step != kept and (",

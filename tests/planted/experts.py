@@ -145,15 +145,15 @@ FAULTS = [
     _fault(
         "experts that are kept are the first ones",
         _EXPERTS,
-        "weight.detach()[first:end].clone()",
-        "weight.detach()[: end - first].clone()",
+        "weight.detach()[list(numbers)]",
+        "weight.detach()[: len(numbers)].clone()",
         BY_HAND,
     ),
     _fault(
         "experts that are kept forget their values",
         _EXPERTS,
-        "weight.detach()[first:end].clone()",
-        "weight.new_zeros(end - first, *weight.shape[1:])",
+        "weight.detach()[list(numbers)]",
+        "weight.new_zeros(len(numbers), *weight.shape[1:])",
         BY_HAND,
     ),
     _fault(

@@ -4,6 +4,27 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "tokens go to where their experts were by number",
+        "moe/layer.py",
+        "return decision.renumbered(self.position)",
+        "return decision",
+        "training/test_place_experts.py::test_a_run_goes_on_with_its_experts_on_other_ranks",
+    ),
+    in_package(
+        "the bound of a placement takes the heaviest experts for the lightest",
+        "parallel/placement_programme.py",
+        "[0, *accumulate(reversed(heavy))]",
+        "most",
+        "parallel/test_placement_programme.py::test_a_placement_is_the_best_of_all",
+    ),
+    in_package(
+        "a search for a placement allows one row more",
+        "parallel/placement_programme.py",
+        "least = total - (len(sizes) - 1) * self._limit",
+        "least = total - (len(sizes) - 1) * self._limit + 1",
+        "parallel/test_placement_programme.py::test_a_placement_is_the_best_of_all",
+    ),
+    in_package(
         "experts are spread over copies",
         "distributed/rank_layout.py",
         "self.rank % self.ep_size",
@@ -124,9 +145,9 @@ FAULTS = [
     ),
     in_package(
         "null experts are renumbered",
-        "moe/dispatch/chunks.py",
-        "torch.where(expert < len(new_number), new_number[expert.clamp(max=len(new_number) - 1)], expert)",
-        "new_number[expert.clamp(max=len(new_number) - 1)]",
+        "moe/routing.py",
+        "torch.where(expert <= last, new_number[expert.clamp(max=last)], expert)",
+        "new_number[expert.clamp(max=last)]",
         "moe/test_chunks.py",
     ),
     in_package(

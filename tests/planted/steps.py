@@ -163,7 +163,7 @@ FAULTS = [
     in_package(
         "experts of every rank start alike",
         "models/initialize.py",
-        "first_expert[name] + e)",
+        "numbers[name][e])",
         "e)",
         "models/test_initialize.py::test_an_expert_does_not_depend_on_the_rank_that_holds_it",
     ),

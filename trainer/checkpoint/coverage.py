@@ -26,6 +26,17 @@ def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
     return f"it reaches to {end} of {total}" if end > total else None
 
 
+def spans_of(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return the runs of consecutive numbers: index of the first one, the first one, and how many they are."""
+    runs: list[tuple[int, int, int]] = []
+    for index, number in enumerate(numbers):
+        if runs and number == runs[-1][1] + runs[-1][2]:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((index, number, 1))
+    return runs
+
+
 def is_moment(name: str) -> bool:
     """Return whether a tensor of a state is a moment of the optimizer."""
     return name.startswith(MOMENTS)

@@ -52,7 +52,8 @@ def _describe(name: str, part: Slice) -> str:
         return name
     experts = (~part.tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
-    return f"{name} (expert {experts[0] + part.start}{more})"
+    first = experts[0] + part.start if part.numbers is None else part.numbers[experts[0]]
+    return f"{name} (expert {first}{more})"
 
 
 def _message(by_rank: list[dict[str, str]], group: Group, newest: str | None, *, step: int) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-from trainer.checkpoint.coverage import missing_moments, partition_error
+from trainer.checkpoint.coverage import missing_moments, partition_error, spans_of
 from trainer.checkpoint.manifest import DTYPES, DType
 from trainer.checkpoint.state import TrainState
 from trainer.errors import CheckpointError
@@ -20,6 +20,15 @@ class Placement(NamedTuple):
     dtype: DType
     is_of_experts: bool
     is_frozen: bool = False
+    numbers: Sequence[int] | None = None
+    """As in `Slice`."""
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and length of each run of consecutive indices."""
+        if self.numbers is None:
+            return [(self.start, self.length)]
+        return [(start, length) for _, start, length in spans_of(self.numbers)]
 
     @property
     def index_bytes(self) -> int:
@@ -44,9 +53,9 @@ class SavePlan:
     parts: dict[str, list[StatePart]]
     """Parts of each tensor, in order; they cover each index of dimension 0 once."""
 
-    def of_rank(self, rank: int) -> list[str]:
-        """Return the names of the tensors that a rank writes a part of."""
-        return [name for name, parts in self.parts.items() if any(part.rank == rank for part in parts)]
+    def of_rank(self, rank: int) -> list[tuple[str, StatePart]]:
+        """Return the parts that a rank writes, with the names of their tensors."""
+        return [(name, part) for name, parts in self.parts.items() for part in parts if part.rank == rank]
 
     @property
     def size_bytes(self) -> int:
@@ -60,7 +69,7 @@ def local_placements(state: TrainState) -> dict[str, Placement]:
     for name, part in state.slices.items():
         dtype: Any = str(part.tensor.dtype).removeprefix("torch.")
         marks = part.is_of_experts, part.is_frozen
-        placements[name] = Placement(part.start, part.length, part.global_shape, dtype, *marks)
+        placements[name] = Placement(part.start, part.length, part.global_shape, dtype, *marks, part.numbers)
     return placements
 
 
@@ -88,7 +97,8 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
                     "this is a bug in the engine"
                 )
             if place.length > 0 or 0 in place.shape:
-                holders.setdefault((place.start, place.length), []).append(rank)
+                for span in place.spans:
+                    holders.setdefault(span, []).append(rank)
         shape = places[name].shape
         error = partition_error(holders, shape[0] if shape else 1)
         if error is not None:

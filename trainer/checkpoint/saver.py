@@ -25,10 +25,10 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor
 from trainer.checkpoint.manifest_file import manifest_text
-from trainer.checkpoint.plan import Placement, SavePlan, local_placements, plan_save
+from trainer.checkpoint.plan import Placement, SavePlan, StatePart, local_placements, plan_save
 from trainer.checkpoint.shared_fs import VISIBLE_S
-from trainer.checkpoint.state import TrainState
-from trainer.checkpoint.tensor_files import write_durably, write_files
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tensor_files import PartKey, write_durably, write_files
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.wire_format import error_from_wire, error_to_wire
@@ -55,8 +55,8 @@ class Saved:
 @dataclass(frozen=True, slots=True)
 class _Job:
     step: int
-    tensors: dict[str, Tensor]
-    """Tensors that this rank writes, in CPU memory."""
+    tensors: dict[PartKey, Tensor]
+    """Parts of tensors that this rank writes, in CPU memory."""
     values: dict[str, int | float | str]
     run: dict[str, Any]
     prunes: bool
@@ -72,7 +72,7 @@ class Saver:
         self.folder, self._mesh, self._group, self._copies = folder, mesh, mesh.saving, copies
         self._plan: SavePlan | None = None
         self._size_bytes = 0  # of a whole checkpoint
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[PartKey, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._ended: threading.Event | None = None
         """Set when the result of the current save is known; None if there is no save, or its result was returned."""
@@ -98,9 +98,11 @@ class Saver:
             self._plan = plan_save([{name: Placement(*values) for name, values in held.items()} for held in gathered])
             self._size_bytes = self._plan.size_bytes
         fault_injection.hit("save.planned")
-        names = self._plan.of_rank(self._mesh.layout.rank)
-        check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)
-        tensors = {name: self._copy(name, state.slices[name].tensor) for name in names}
+        parts = self._plan.of_rank(self._mesh.layout.rank)
+        check_finite({name: state.slices[name] for name, _ in parts}, self._mesh.world, self.folder, step=step)
+        tensors = {
+            (name, part.start): self._copy((name, part.start), _rows(state.slices[name], part)) for name, part in parts
+        }
         job = _Job(step, tensors, dict(state.values), dict(run), prunes)
         if any(part.tensor.is_cuda for part in state.slices.values()):
             torch.cuda.synchronize()
@@ -144,13 +146,13 @@ class Saver:
         if failure is not None:
             raise failure
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+    def _copy(self, key: PartKey, tensor: Tensor) -> Tensor:
         """Copy a tensor into a CPU buffer that the next save reuses."""
         if not self._copies:
             return tensor.detach().cpu()
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._buffers[name].copy_(tensor.detach(), non_blocking=True)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[key].copy_(tensor.detach(), non_blocking=True)
 
     def _work(self, job: _Job, began: float, ended: threading.Event) -> None:
         try:
@@ -172,7 +174,7 @@ class Saver:
         error = _first_error(self._group, error)
         if error is None:
             files: dict[str, StoredFile] = {}
-            file_of: dict[str, str] = {}
+            file_of: dict[PartKey, str] = {}
             try:
                 _wait_for(temporary)
                 files, file_of = write_files(temporary, job.tensors, rank=self._group.index)
@@ -180,7 +182,8 @@ class Saver:
                 error = self._explain(job, refused)
             fault_injection.hit("save.before_vote")
             written = {name: stored.model_dump() for name, stored in files.items()}
-            reports = self._group.all_gather_objects((error_to_wire(error), written, file_of))
+            named = [(*key, file) for key, file in file_of.items()]
+            reports = self._group.all_gather_objects((error_to_wire(error), written, named))
             error = next((error_from_wire(report[0]) for report in reports if report[0] is not None), None)
             fault_injection.hit("save.voted")
             if is_first and error is None:
@@ -189,12 +192,13 @@ class Saver:
             self.folder.abandon(job.step)
         return _first_error(self._group, error)
 
-    def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], dict[str, str]]]) -> None:
+    def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], list[tuple[str, int, str]]]]) -> None:
         assert self._plan is not None
         temporary, tensors = self.folder.temporary(job.step), {}
+        file_of = [{(name, start): file for name, start, file in report[2]} for report in reports]
         for name, place in self._plan.places.items():
             slices = [
-                StoredSlice(file=reports[part.rank][2][name], start=part.start, length=part.length)
+                StoredSlice(file=file_of[part.rank][name, part.start], start=part.start, length=part.length)
                 for part in self._plan.parts[name]
             ]
             tensors[name] = StoredTensor(
@@ -237,6 +241,14 @@ class Saver:
         free = os.statvfs(existing)
         free_mb = free.f_bavail * free.f_frsize / 1e6
         return ResourceError(f"{refused} (it needs {self._size_bytes / 1e6:.0f} MB, {free_mb:.0f} MB are free)")
+
+
+def _rows(part: Slice, wanted: StatePart) -> Tensor:
+    """Return the rows of a slice that are to be written; all of it if its indices are consecutive."""
+    if part.numbers is None:
+        return part.tensor
+    first = next(first for first, start, _ in part.spans if start == wanted.start)
+    return part.tensor[first : first + wanted.length]
 
 
 def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:

@@ -7,6 +7,7 @@ verified before it is used.
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from math import prod
@@ -26,22 +27,24 @@ from trainer.errors import CheckpointError, first_line
 
 FILE_SIZE_BYTES: Final = 512 << 20
 """Size of a file; a larger tensor gets one of its own."""
+PartKey = tuple[str, int]
+"""Name of a tensor, and the first index of a part of it."""
 _MAX_NAMES = 10_000  # a header entry has less than 1 kB, and headers of up to 16 MiB are read
 
 
 def write_files(
-    folder: Path, tensors: Mapping[str, Tensor], *, rank: int
-) -> tuple[dict[str, StoredFile], dict[str, str]]:
-    """Write tensors on the CPU, by global name, into a folder that other ranks share, and flush them to disk.
+    folder: Path, tensors: Mapping[PartKey, Tensor], *, rank: int
+) -> tuple[dict[str, StoredFile], dict[PartKey, str]]:
+    """Write tensors on the CPU into a folder that other ranks share, and flush them to disk.
 
     Returns:
-        The size and hash of each file, whose names contain the rank, and the file of each tensor.
+        The size and hash of each file, whose names contain the rank, and the file of each part.
     """
     files, file_of = {}, {}
-    for number, names in enumerate(_split_by_size(tensors)):
+    for number, keys in enumerate(_split_into_files(tensors)):
         file = f"tensors-{rank:05d}-{number:05d}.safetensors"
-        files[file] = write_durably(folder / file, _as_safetensors({name: tensors[name] for name in names}))
-        file_of |= dict.fromkeys(names, file)
+        files[file] = write_durably(folder / file, _as_safetensors({key[0]: tensors[key] for key in keys}))
+        file_of |= dict.fromkeys(keys, file)
     return files, file_of
 
 
@@ -169,7 +172,8 @@ class _Slices(Mapping[str, Slice]):
             shape = (like.length, *like.global_shape[1:]) if like.global_shape else ()
             return replace(like, tensor=torch.zeros(shape, dtype=like.tensor.dtype))
         stored = weight_of(name) if is_average(name) and not self._tensors.has(name) else name
-        tensor = self._tensors.read(stored, like.start, like.length)
+        pieces = [self._tensors.read(stored, start, length) for _, start, length in like.spans]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return replace(like, tensor=tensor, is_frozen=name in self._frozen)
 
     def __iter__(self) -> Iterator[str]:
@@ -179,15 +183,20 @@ class _Slices(Mapping[str, Slice]):
         return len(self._like)
 
 
-def _split_by_size(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    names: list[str] = []
+def _split_into_files(tensors: Mapping[PartKey, Tensor]) -> Iterator[list[PartKey]]:
+    """Yield the parts of each file: up to its size, and one part of a tensor, which is stored under its name."""
+    turn_of, seen = {}, Counter[str]()
+    for key in tensors:
+        turn_of[key] = seen[key[0]]
+        seen[key[0]] += 1
+    names: dict[str, PartKey] = {}
     size = 0
-    for name, tensor in tensors.items():
-        size_bytes = tensor.numel() * tensor.element_size()
-        if names and (size + size_bytes > FILE_SIZE_BYTES or len(names) == _MAX_NAMES):
-            yield names
-            names, size = [], 0
-        names.append(name)
+    for key in sorted(tensors, key=turn_of.__getitem__):  # every tensor's first part, then every second one
+        size_bytes = tensors[key].numel() * tensors[key].element_size()
+        if names and (size + size_bytes > FILE_SIZE_BYTES or len(names) == _MAX_NAMES or key[0] in names):
+            yield list(names.values())
+            names, size = {}, 0
+        names[key[0]] = key
         size += size_bytes
     if names:
-        yield names
+        yield list(names.values())

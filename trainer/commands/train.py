@@ -15,6 +15,7 @@ from trainer.distributed.rank_layout import check_layout, layout_from_environmen
 from trainer.distributed.signals import StopRequest
 from trainer.environment import SUPERVISOR, check_rank_variables
 from trainer.experiment import ExperimentConfig
+from trainer.parallel.expert_placement import named_placement
 from trainer.status import StatusFile
 from trainer.supervise.die_with_parent import end_with_launcher
 from trainer.supervise.launch import Launch
@@ -101,4 +102,12 @@ def _named_run(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder
     if options.branch is not None:
         return branch_to_train(options)
     config, folder = run_to_train(options)
+    _check_placement(config)
     return config, folder, None, check_run_folder(folder, config)
+
+
+def _check_placement(config: ExperimentConfig) -> None:
+    """Raise a ConfigError if the file of a placement does not fit."""
+    moe, parallel = config.model.moe, config.parallel
+    if moe is not None and parallel.ep_size > 1:
+        named_placement(parallel.placement, len(config.model.moe_layers), moe.num_experts, parallel.ep_size)

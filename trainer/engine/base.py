@@ -137,7 +137,7 @@ class Engine(ABC):
         self.parameters = dict(model.named_parameters())
         self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
         """Parameters that are not frozen."""
-        self.first_expert = expert_parameters(model)
+        self.expert_numbers = expert_parameters(model)
         self.optimizer_steps = 0
         self.moments_since: dict[str, int] = {}
         """Optimizer steps before the first one of a parameter's moments, where there were some: it was frozen then."""
@@ -256,15 +256,20 @@ class Engine(ABC):
         """
         has_one = name.startswith((WEIGHT, AVERAGE))
         parameter = name.partition(".")[2] if has_one else name.split(".", 2)[-1]  # optim.exp_avg.NAME
-        first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
-        if first is not None and self.moe_config is not None:
+        numbers, shape = self.expert_numbers.get(parameter), tuple(tensor.shape)
+        if numbers is not None and self.moe_config is not None:
             shape = (self.moe_config.num_experts, *shape[1:])
-        dim, start = shard_dimension(tensor), first or 0
-        if dim != 0 and purpose == "wanted":
+        start = 0
+        if shard_dimension(tensor) != 0 and purpose == "wanted":
             mine = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        elif purpose == "state":
-            start, mine = start + first_row(tensor), rows(tensor)
+        elif purpose == "held":
+            start, mine = shard_start(tensor), local(tensor)
         else:
-            start, mine = start + shard_start(tensor), local(tensor)
+            start, mine = first_row(tensor), rows(tensor)
         is_frozen = name.startswith(WEIGHT) and parameter in self.parameters and parameter not in self.learning
-        return Slice(tensor=mine, global_shape=shape, start=start, is_of_experts=first is not None, is_frozen=is_frozen)
+        marks = {"is_of_experts": numbers is not None, "is_frozen": is_frozen}
+        if numbers is None:
+            return Slice(tensor=mine, global_shape=shape, start=start, **marks)
+        if purpose == "held":  # another start for each rank's experts and each shard
+            return Slice(tensor=mine, global_shape=shape, start=numbers[0] + start * shape[0], **marks)
+        return Slice(tensor=mine, global_shape=shape, **marks).at(numbers[start : start + len(mine)])

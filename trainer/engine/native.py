@@ -41,8 +41,8 @@ class NativeEngine(StepEngine):
             not_decayed=[p for name, p in self.learning.items() if not is_decayed(name, p)],
         )
         scale_rates(self.optimizer, {p: self.rate_factors[name] for name, p in self.learning.items()})
-        self._dense = [p for name, p in self.learning.items() if name not in self.first_expert]
-        self._experts = [p for name, p in self.learning.items() if name in self.first_expert]
+        self._dense = [p for name, p in self.learning.items() if name not in self.expert_numbers]
+        self._experts = [p for name, p in self.learning.items() if name in self.expert_numbers]
         self._routers = [list(moe.router.parameters()) for moe in model.moe_layers()]
         self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)

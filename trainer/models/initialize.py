@@ -46,7 +46,7 @@ def initialize(
     rank. Parameters that are not matrices are constant: norms multiply by 1, those of a router are its
     `initial_values`, biases and sinks 0. So is the second factor of an adapter.
     """
-    first_expert, router_values = expert_parameters(model), _router_values(model)
+    numbers, router_values = expert_parameters(model), _router_values(model)
     for name, parameter in model.named_parameters():
         if only is not None and name not in only:
             continue
@@ -65,7 +65,7 @@ def initialize(
             case "expert":
                 experts, *inside = part.index
                 for weight, e in zip(part.local, range(experts.start, experts.stop), strict=True):
-                    seed_of_e = stable_hash("init", seed, name, first_expert[name] + e)
+                    seed_of_e = stable_hash("init", seed, name, numbers[name][e])
                     weight.copy_(draw(parameter.shape[1:], seed=seed_of_e)[tuple(inside)])
             case _:
                 part.local.copy_(draw(parameter.shape, seed=stable_hash("init", seed, name))[part.index])
@@ -73,10 +73,10 @@ def initialize(
         buffer.zero_()
 
 
-def expert_parameters(model: GPT) -> dict[str, int]:
-    """Return the global index of the first expert of every stacked (E_local, ...) weight, by name."""
+def expert_parameters(model: GPT) -> dict[str, tuple[int, ...]]:
+    """Return the global index of each expert of every stacked (E_local, ...) weight, by name."""
     return {
-        f"{prefix}.{name}": module.first
+        f"{prefix}.{name}": module.numbers
         for prefix, module in model.named_modules()
         if isinstance(module, Experts)
         for name, _ in module.named_parameters()

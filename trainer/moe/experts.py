@@ -1,5 +1,7 @@
 """Experts of one layer: E feed-forward networks with stacked weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,8 @@ class Experts(nn.Module):
         has_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.num_experts, self.first = num_experts, 0
-        """Experts of the whole layer, and the global index of the first local one."""
+        self.num_experts, self.numbers = num_experts, tuple(range(num_experts))
+        """Experts of the whole layer, and the global index of each local one."""
         width = hidden_width(d_ff, activation)
         self.w_in = nn.Parameter(torch.empty(num_experts, width, d_model))  # (E, H, D)
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # (E, D, F)
@@ -57,11 +59,11 @@ class Experts(nn.Module):
         found = ((weight, self._adapter(name)) for name, weight in (("w_in", self.w_in), ("w_out", self.w_out)))
         return [(weight, None if low is None else (low.a, low.b)) for weight, low in found]
 
-    def keep(self, first: int, end: int) -> None:
-        """Keep only experts first .. end - 1."""
-        self.first = first
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Keep only these experts of the layer, in this order."""
+        self.numbers = tuple(numbers)
         for name, weight in list(self.named_parameters()):
-            setattr(self, name, nn.Parameter(weight.detach()[first:end].clone(), weight.requires_grad))
+            setattr(self, name, nn.Parameter(weight.detach()[list(numbers)], weight.requires_grad))
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.expert_similarity import ExpertOutputs
 from trainer.moe.experts import Experts
 from trainer.moe.layer_options import CapacityConfig
-from trainer.moe.routing import Router, RouterOutput, RoutingContext
+from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.moe.stats import MoEStats, collect_stats
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
@@ -46,6 +46,8 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
         self.dispatcher, self.capacity, self.layer = dispatcher, capacity, layer
         self.needs_importance, self.needs_expert_similarity = needs_importance, needs_expert_similarity
+        self.position: Tensor | None = None
+        """(E,) place of each expert in the order of ranks, by which dispatchers number them; None: its own number."""
 
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, MoEStats]:
         """Return the layer's output for x (B, S, D), 0 for padding, and its statistics."""
@@ -64,11 +66,12 @@ class MoE(nn.Module):
                 "so it has not used them; pass its choice through context.chosen, or do without train.routing_replay"
             )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
+        placed = self._placed(decision)
         if self.needs_expert_similarity:
-            outputs = ExpertOutputs.of(self.dispatcher, tokens, decision, self.experts)
+            outputs = ExpertOutputs.of(self.dispatcher, tokens, placed, self.experts)
             shared, out, expert_similarity = self._apply_shared(x, context), outputs.sums(), outputs.similarity()
         else:
-            begun = self.dispatcher.begin(tokens, decision)
+            begun = self.dispatcher.begin(tokens, placed)
             shared = self._apply_shared(x, context)  # while tokens travel
             out, expert_similarity = self.dispatcher.finish(begun, self.experts), None
         with self.dispatcher.step_timer.within("combine"):
@@ -77,6 +80,13 @@ class MoE(nn.Module):
         return out, collect_stats(
             routed, decision, context, needs_importance=self.needs_importance, expert_similarity=expert_similarity
         )
+
+    def _placed(self, decision: RoutingDecision) -> RoutingDecision:
+        """Return the decision with the places of experts in place of their numbers, which all else goes by."""
+        if self.position is None:
+            return decision
+        self.position = self.position.to(decision.expert_index.device, non_blocking=True)  # it moves once
+        return decision.renumbered(self.position)
 
     def _apply_shared(self, x: Tensor, context: RoutingContext) -> Tensor | None:
         """Return the outputs of the shared experts (B, S, D), 0 for padding; None without them."""

@@ -124,6 +124,12 @@ class RoutingDecision:
     most_per_token: int | None = None
     """The most assignments that a token has, kept or not, if the host knows it without waiting."""
 
+    def renumbered(self, new_number: Tensor) -> "RoutingDecision":
+        """Return the decision in new numbers of the experts (E,); null experts keep theirs."""
+        expert, last = self.expert_index, len(new_number) - 1
+        new = torch.where(expert <= last, new_number[expert.clamp(max=last)], expert)
+        return replace(self, expert_index=new)
+
     @classmethod
     def from_top_k(
         cls,

@@ -2,13 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from trainer.config.base import Config
+from trainer.config.base import Config, expand_home
 from trainer.config.numbers import Count, Experts, Layers, Ranks, Rows
 from trainer.config.plugins import PluggableFunction
 from trainer.models.config import Recompute, ShardKeeps
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
+
+PlacementFile = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,1000}\.json$"), AfterValidator(expand_home)]
+"""Path of a JSON file."""
 
 
 class RecomputeEveryConfig(Config):
@@ -27,6 +30,11 @@ class ParallelConfig(Config):
     """`auto` uses a GPU if there is one."""
     ep_size: Experts = 1
     """Expert-parallel size: ranks over which the experts are split. Divides the number of ranks."""
+    placement: Literal["contiguous", "round_robin", "auto"] | PlacementFile = "contiguous"
+    """Which of the `ep_size` ranks have which experts, each an even share of them; checkpoints do not depend on it.
+    `contiguous`: consecutive ones; `round_robin`: neighbours on different ranks; `auto`: by the load of experts in the
+    last step before the checkpoint that a start resumes from, heavy ones apart, in each layer; contiguous at first.
+    Or a JSON file, of `turnout what-if TRACE --ep-size N --write-placement FILE`."""
     data: Literal["replicate", "shard"] = "replicate"
     """Weights that several ranks share are replicated, or sharded by FSDP2 to save memory."""
     shard_size: Ranks | None = None

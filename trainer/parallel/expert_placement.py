@@ -46,6 +46,26 @@ def round_robin_placement(num_layers: int, num_experts: int, num_ranks: int) -> 
     return ExpertPlacement(num_ranks=num_ranks, owners=(tuple(turns),) * num_layers)
 
 
+def named_placement(name: str, num_layers: int, num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """Return the placement that a value of `parallel.placement` names; `auto` without loads is contiguous.
+
+    Raises:
+        ConfigError: if it is a file that cannot be read, or is not for these layers, experts and ranks.
+    """
+    if name == "round_robin":
+        return round_robin_placement(num_layers, num_experts, num_ranks)
+    if name in ("contiguous", "auto"):
+        return contiguous_placement(num_layers, num_experts, num_ranks)
+    key = "parallel.placement"
+    found = read_placement(Path(name), num_layers=num_layers, num_experts=num_experts, key=key)
+    if found.num_ranks != num_ranks:
+        raise ConfigError(
+            f"{key}: {shown_path(name)} is for {found.num_ranks} ranks (its ep_size), and parallel.ep_size is "
+            f"{num_ranks}; make one for {num_ranks}: turnout what-if TRACE --ep-size {num_ranks} --write-placement FILE"
+        )
+    return found
+
+
 def placement_by_loads(
     loads: Sequence[Sequence[int]],
     num_ranks: int,

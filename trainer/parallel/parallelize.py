@@ -8,7 +8,6 @@ from torch import nn
 
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.rank_layout import even_slice
 from trainer.distributed.sharded_tensor import is_sharded
 from trainer.models.block import Block
 from trainer.models.feed_forward import FeedForward
@@ -19,6 +18,7 @@ from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.ops.block_attention import flex, suits_blocks
 from trainer.ops.expert_ffn import activate
 from trainer.parallel.config import ParallelConfig
+from trainer.parallel.expert_placement import ExpertPlacement, named_placement
 from trainer.parallel.shards import local, shard_index
 
 
@@ -31,10 +31,12 @@ def parallelize(
     seed: int,
     dtype: torch.dtype,
     can_compile: bool,
+    placement: ExpertPlacement | None = None,
 ) -> GPT:
     """Apply a layout to a model on the meta device, in place; results change by floating-point reordering only.
 
-    1. Every MoE layer gets the configured dispatcher and keeps its local experts.
+    1. Every MoE layer gets the configured dispatcher and keeps its local experts: those of `placement`, or of the
+       config's.
     2. The head is applied to some tokens at a time, some activations are recomputed, and the operations between matrix
        products are compiled, as far as configured and possible.
     3. Weights are sharded over the ranks that would hold replicas, if configured.
@@ -45,8 +47,10 @@ def parallelize(
             config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, moe.experts.num_experts
         )
         moe.dispatcher.step_timer = mesh.world.recorder.step_timer
-        if mesh.ep.size > 1:
-            moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))
+    if mesh.ep.size > 1:
+        layers = model.moe_layers()
+        sizes = len(layers), layers[0].experts.num_experts
+        _place_experts(model, placement or named_placement(config.placement, *sizes, mesh.ep.size), mesh.ep.index)
     model.loss_chunk, model.shard_keeps = config.loss_chunk, config.shard_keeps
     for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         block.set_recompute(config.recompute_of(layer))
@@ -63,6 +67,15 @@ def parallelize(
     sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}
     initialize(model, seed, {name: WeightShard(local(p), shard_index(p)) for name, p in sharded.items()})
     return model
+
+
+def _place_experts(model: GPT, placement: ExpertPlacement, rank: int) -> None:
+    """Let every MoE layer keep the experts of this rank, and number all by their places."""
+    for moe, owner in zip(model.moe_layers(), placement.owners, strict=True):
+        order = sorted(range(len(owner)), key=lambda e: (owner[e], e))  # by rank, and by number on each
+        moe.experts.keep([e for e in order if owner[e] == rank])
+        if order != list(range(len(owner))):
+            moe.position = torch.tensor(order).argsort()
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

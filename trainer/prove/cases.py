@@ -25,6 +25,9 @@ class Case:
 
     world_size: int = 1
     ep_size: int = 1
+    placement: Literal["contiguous", "round_robin"] = "contiguous"
+    moves_to: Literal["contiguous", "round_robin"] | None = None
+    """Placement with which the run goes on after the first step, from a checkpoint; None: it goes on as it is."""
     dispatcher: str = "all_to_all"
     chunks: int = 1
     row_budget: float | None = None
@@ -51,6 +54,8 @@ class Case:
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         how += f" of {self.row_budget:g} shares" if self.row_budget is not None else ""
+        how += f", {self.placement}" if self.placement != "contiguous" else ""
+        how += f" then {self.moves_to}" if self.moves_to is not None else ""
         sharding = ", shard" if self.data == "shard" else ""
         sharding += f" by {self.shard_size}" if self.shard_size is not None else ""
         sharding += f" keeping {self.shard_keeps}" if self.shard_keeps != "gradients" else ""
@@ -123,6 +128,9 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             if not isinstance(dispatcher, WireOptions | LocalDispatcherConfig):
                 kinds.append(dispatcher.kind)  # a plug-in
             cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
+            if num_experts > ep_size:
+                moved = Case(**degrees, placement="round_robin", moves_to="contiguous", micro_batch_size=share)
+                cases.append(moved)
             if num_experts // ep_size > 1:
                 cases.append(Case(**degrees, chunks=2, micro_batch_size=share, recompute="block"))
             if moe is not None and moe.router.has_fixed_k and ep_size == world_size:
@@ -158,6 +166,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     parallel = {
         **config.parallel.model_dump(),
         "ep_size": case.ep_size,
+        "placement": case.placement,
         "micro_batch_size": case.micro_batch_size,
         "dispatcher": dispatcher,
         "data": case.data,

@@ -4,12 +4,19 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.coverage import AVERAGE, WEIGHT
+from trainer.checkpoint.find_checkpoint import find_newest
+from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
@@ -69,17 +76,25 @@ class Evidence:
         return [int((ours - theirs).abs().sum()) // 2 for ours, theirs in pairs]
 
 
-def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int, replays: bool = False) -> Evidence:
+def collect(
+    config: ExperimentConfig,
+    mesh: Mesh,
+    *,
+    steps: int,
+    replays: bool = False,
+    moves_to: Literal["contiguous", "round_robin"] | None = None,
+) -> Evidence:
     """Train some steps under a layout and collect the evidence. Collective.
 
-    With `replays`, it is that of a second training, which replays the experts that the first one has chosen.
+    With `replays`, it is that of a second training, which replays the experts that the first one has chosen. With
+    `moves_to`, it goes on from a checkpoint with this placement after the first step.
     """
     device = torch.device("cpu")
     config = resolve_kernel(config, device)
     corpus = build_corpus(config.data, seq_len=config.model.seq_len)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
 
-    def build() -> StepEngine:
+    def build(config: ExperimentConfig) -> StepEngine:
         model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=lambda _: None)  # training shows it
         engine = config.engine.build(model, config.optim, numerics(config), mesh)
         assert isinstance(engine, StepEngine)
@@ -87,10 +102,41 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int, replays: bool =
 
     steps_rows = [_micro_batches(config, stream, mesh, step) for step in range(steps)]
     if replays:
-        with closing(build()) as engine:
+        with closing(build(config)) as engine:
             steps_rows = _with_choices(config, engine, steps_rows)
-    with closing(build()) as engine:
-        return _train(config, engine, steps_rows, mesh)
+    alone = steps if moves_to is None else 1
+    evidence = Evidence(adam_eps=getattr(config.optim, "eps", 1e-8))
+    with TemporaryDirectory() as mine:
+        folder = CheckpointFolder(Path(mesh.world.broadcast_object(mine)))
+        with closing(build(config)) as engine:
+            _train(config, engine, steps_rows[:alone], mesh, evidence)
+            if alone < steps:
+                _save(engine, folder, mesh)
+        if alone < steps:
+            parallel = config.parallel.model_copy(update={"placement": moves_to})
+            with closing(build(config.model_copy(update={"parallel": parallel}))) as engine:
+                _load(engine, folder, mesh)
+                _train(config, engine, steps_rows[alone:], mesh, evidence)
+        mesh.world.all_gather_objects(None)  # rank 0 removes the folder once all have read it
+    return evidence
+
+
+def _save(engine: StepEngine, folder: CheckpointFolder, mesh: Mesh) -> None:
+    """Write a checkpoint, as a run does."""
+    saver = Saver(folder, mesh)
+    saver.start(1, engine.state(), {})
+    saved = saver.wait()
+    saver.close()
+    if saved is not None and saved.error is not None:
+        raise saved.error
+
+
+def _load(engine: StepEngine, folder: CheckpointFolder, mesh: Mesh) -> None:
+    """Read the checkpoint, as a run does that resumes."""
+    found = find_newest(folder, mesh.world, warn=print)
+    assert found is not None, "it was saved"
+    with StoredTensors(found.path, found.manifest) as tensors:
+        engine.load_state(tensors.like(engine.wanted()))
 
 
 def _micro_batches(config: ExperimentConfig, stream: TrainStream, mesh: Mesh, step: int) -> list[Batch]:
@@ -116,14 +162,14 @@ def _with_choices(
     return found
 
 
-def _train(config: ExperimentConfig, engine: StepEngine, steps_rows: Sequence[Sequence[Batch]], mesh: Mesh) -> Evidence:
+def _train(
+    config: ExperimentConfig, engine: StepEngine, steps_rows: Sequence[Sequence[Batch]], mesh: Mesh, evidence: Evidence
+) -> None:
+    """Train on, and add to the evidence; its first step is the one of the gradients."""
     schedule = config.schedule.build(total_steps=config.train.steps)
-    evidence = Evidence(
-        start=_weights(engine, mesh),
-        adam_eps=getattr(config.optim, "eps", 1e-8),
-        rate_factors=engine.rate_factors,
-    )
-    for step, batches in enumerate(steps_rows):
+    if not evidence.losses:
+        evidence.start, evidence.rate_factors = _weights(engine, mesh), engine.rate_factors
+    for step, batches in enumerate(steps_rows, start=len(evidence.losses)):
         gradient = engine.accumulate(batches)
         if step == 0:
             evidence.gradients = _whole(engine.gradients(), mesh)
@@ -146,7 +192,6 @@ def _train(config: ExperimentConfig, engine: StepEngine, steps_rows: Sequence[Se
             evidence.dropped.append(result.routing.dropped)
     evidence.last_update = _weights(engine, mesh)
     evidence.disagreements = evidence.disagreements or _disagreements(engine, mesh)
-    return evidence
 
 
 def _weights(engine: StepEngine, mesh: Mesh) -> dict[str, Tensor]:

@@ -15,13 +15,14 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
     """
     if mesh.world.size == 1:
         return state
-    parts = mesh.world.all_gather_objects({name: (part.start, part.length) for name, part in state.slices.items()})
+    spans_of = {name: [span[1:] for span in part.spans] for name, part in state.slices.items()}
+    parts = mesh.world.all_gather_objects(spans_of)
     slices, rank = dict(state.slices), mesh.layout.rank
     for name, part in state.slices.items():
         total = part.global_shape[0] if part.global_shape else 1
-        ranges = [(start, length) for start, length in (of_rank[name] for of_rank in parts)]
-        senders, end = {ranges.index(one) for one in ranges if one[1]}, 0
-        for start, length in [*sorted(ranges[sender] for sender in senders), (total, 0)]:
+        ranges = [[(start, length) for start, length in of_rank[name]] for of_rank in parts]
+        senders, end = {ranges.index(one) for one in ranges if any(length for _, length in one)}, 0
+        for start, length in [*sorted(span for sender in senders for span in ranges[sender]), (total, 0)]:
             if start != end:
                 raise CheckpointError(
                     f"{name}: no rank has the slice that starts at index {end} of {total}; ranks have {ranges}"
@@ -31,7 +32,8 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
             continue
         whole = part.tensor.new_zeros(part.global_shape)
         if rank in senders:
-            whole[part.start : part.start + part.length] = part.tensor
+            for first, start, length in part.spans:
+                whole[start : start + length] = part.tensor[first : first + length]
         mesh.world.all_reduce_(whole)
         if rank == 0:
             slices[name] = Slice.whole(whole)

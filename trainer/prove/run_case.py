@@ -29,7 +29,7 @@ def run_case(
     """
     config = apply_case(config, case)
     if case.world_size == 1:
-        return collect(config, Mesh.of_one(), steps=steps, replays=case.replays)
+        return collect(config, Mesh.of_one(), steps=steps, replays=case.replays, moves_to=case.moves_to)
     answers = ranks.run(case.world_size, _collect, config, case, steps, prepare, timeout_s=timeout_s)
     failures = {rank: answer for rank, answer in enumerate(answers) if isinstance(answer, Failure)}
     if not failures:
@@ -54,5 +54,6 @@ def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable
         ranks_per_node=case.ranks_per_node,
         shard_size=case.shard_size,
     )
-    evidence = collect(config, build_mesh(layout, FlightRecorder()), steps=steps, replays=case.replays)
+    mesh = build_mesh(layout, FlightRecorder())
+    evidence = collect(config, mesh, steps=steps, replays=case.replays, moves_to=case.moves_to)
     return evidence if layout.rank == 0 else Evidence()

@@ -20,6 +20,7 @@ from trainer.moe.dispatch.registry import LocalDispatcherConfig
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel
 from trainer.ops.layer_widths import AdapterWidths, LayerWidths
 from trainer.parallel.canary import CanaryReport, run_canary
+from trainer.parallel.expert_placement import ExpertPlacement
 from trainer.parallel.parallelize import parallelize
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -52,9 +53,17 @@ def check_what_learns(config: ExperimentConfig) -> None:
 
 
 def build_parallel_model(
-    config: ExperimentConfig, tokenizer: Tokenizer, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
+    config: ExperimentConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    warn: Callable[[str], None],
+    placement: ExpertPlacement | None = None,
 ) -> GPT:
-    """Build the model with initial values, on its device and in its layout.
+    """Build the model with initial values, on its device and in its layout, with experts placed as the config says.
+
+    `placement` is in place of that, for `auto`, which is contiguous by itself.
 
     Raises:
         ConfigError: if `train.freeze` or `train.lr_scale` does not fit the model.
@@ -75,6 +84,7 @@ def build_parallel_model(
         seed=config.seed,
         dtype=_DTYPES[config.train.dtype],
         can_compile=can_compile,
+        placement=placement,
     )
 
 

@@ -134,9 +134,11 @@ class RunState:
 
     def layout_record(self) -> dict[str, int | str]:
         """Return the layout as JSON values."""
+        placement = self.config.parallel.placement
         return {
             "world_size": self.mesh.layout.world_size,
             "ep_size": self.mesh.layout.ep_size,
             "data": self.config.parallel.data,
             "engine": self.config.engine.kind,
+            **({} if placement == "contiguous" else {"placement": placement}),
         }

@@ -36,6 +36,7 @@ from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import model_size
 from trainer.models.freeze import frozen_router_warning
 from trainer.moe.causality import evaluation_warning, training_warning
+from trainer.parallel.expert_placement import ExpertPlacement
 from trainer.routing_record.replayed_rows import ReplayedRows
 from trainer.routing_record.sequence_rows import RecordedSequences
 from trainer.trackers.base import JsonlTracker, Trackers
@@ -44,6 +45,7 @@ from trainer.training.best_so_far import BestSoFar
 from trainer.training.early_stopping import EarlyStopping
 from trainer.training.first_weights import FirstWeights, save_first_weights
 from trainer.training.model import build_parallel_model, check_kernel, meta_model, numerics, resolve_kernel
+from trainer.training.place_experts import place_experts
 from trainer.training.resume import check_best, resume
 from trainer.training.routing_recorder import RoutingRecorder, open_replay
 from trainer.training.run import RunState
@@ -89,14 +91,25 @@ def build_run(
     config, canary = check_kernel(resolve_kernel(config, device), mesh, device, warn=console.warning)
     recorder.enter("reading text")
     corpus, tasks = open_data(config, folder, console, mesh)
+    recorder.enter("placing the experts")
+    placed = place_experts(config, checkpoint_folder(config, folder), mesh, warn=console.warning)
     recorder.enter("building the model")
-    run = build_model_and_engine(config, folder, console, mesh, device, corpus=corpus, tasks=tasks)
+    run = build_model_and_engine(
+        config, folder, console, mesh, device, corpus=corpus, tasks=tasks, placement=placed.placement
+    )
     run.canary = canary
     recorder.enter("finding a checkpoint")
-    checkpoint = resume_newest(run, first_weights)
+    checkpoint = resume_newest(run, first_weights, found=placed.checkpoint)
+    if placed.said is not None:
+        console.message(placed.said)
     recorder.enter("writing the run folder")
     write_run_folder(run, checkpoint, device)
     return run
+
+
+def checkpoint_folder(config: ExperimentConfig, folder: RunFolder) -> CheckpointFolder:
+    """Return the folder of a run's checkpoints, with what it keeps."""
+    return CheckpointFolder(folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
 
 
 def check_ranks(config: ExperimentConfig, folder: RunFolder, mesh: Mesh, device: torch.device) -> None:
@@ -144,6 +157,7 @@ def build_model_and_engine(
     *,
     corpus: Corpus,
     tasks: Sequence[Task],
+    placement: ExpertPlacement | None = None,
 ) -> RunState:
     """Stage 3: build the model with initial values, its engine, and the run around them."""
     size = model_size(meta_model(config, corpus.tokenizer.vocab_size))
@@ -153,7 +167,7 @@ def build_model_and_engine(
             alarms = None if config.metrics.alarms is None else folder.alarms
             logs = JsonlTracker(folder.metrics, folder.routing, alarms=alarms, warn=console.warning)
     with memory.hint(config, "making the weights", note=f" ({size.total_parameters / 1e6:.1f}M parameters in all)"):
-        model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
+        model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=console.warning, placement=placement)
     if config.model.moe is not None:
         moe, layers = config.model.moe, model.moe_layers()
         warnings = training_warning(moe, layers), evaluation_warning(layers), frozen_router_warning(model)
@@ -167,9 +181,6 @@ def build_model_and_engine(
             mesh,
             folder=folder.deepspeed,
         )
-    checkpoints = CheckpointFolder(
-        folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-    )
     spikes, replay = config.train.spikes, open_replay(config, corpus, mesh.world)
     schedule = build_plugin(config.schedule, Callable, "schedule", total_steps=config.train.steps)  # type: ignore[arg-type]
     return RunState(
@@ -187,7 +198,7 @@ def build_model_and_engine(
         tasks=tasks,
         engine=engine,
         schedule=schedule,
-        saver=Saver(checkpoints, mesh, copies=config.checkpoint.asynchronous),
+        saver=Saver(checkpoint_folder(config, folder), mesh, copies=config.checkpoint.asynchronous),
         console=console,
         trackers=Trackers([] if logs is None else [logs]),
         logs=logs,
@@ -204,16 +215,19 @@ def build_model_and_engine(
     )
 
 
-def resume_newest(run: RunState, first_weights: FirstWeights | None = None) -> CheckpointHandle | None:
+def resume_newest(
+    run: RunState, first_weights: FirstWeights | None = None, *, found: CheckpointHandle | None = None
+) -> CheckpointHandle | None:
     """Stage 4: load the newest intact checkpoint of the run folder, if there is one, and return it.
 
-    A run with `init_from` has one from its beginning: that of step 0, which is written here.
+    A run with `init_from` has one from its beginning: that of step 0, which is written here. `found` is the newest one,
+    if it was verified before.
     """
     world = run.mesh.world
     with raise_together(world):
         if run.mesh.layout.rank == 0:
             run.saver.folder.clean()
-    checkpoint = find_newest(run.saver.folder, world, warn=run.console.warning)
+    checkpoint = found or find_newest(run.saver.folder, world, warn=run.console.warning)
     if checkpoint is None and run.config.init_from is not None:
         checkpoint = save_first_weights(run, first_weights)
     if checkpoint is not None:

@@ -74,6 +74,9 @@ def test_experts_are_named_by_their_global_numbers(tmp_path: Path) -> None:
     slices = {"model.w_in": Slice(tensor=tensor, global_shape=(9, 2, 2), start=6, is_of_experts=True)}
     with pytest.raises(NumericsError, match=r"^step 5: model\.w_in \(expert 7 and 1 more\) is not finite; nothing"):
         check_finite(slices, Group.of_one(), CheckpointFolder(tmp_path), step=5)
+    slices = {"model.w_in": slices["model.w_in"].at([0, 4, 8])}
+    with pytest.raises(NumericsError, match=r"^step 5: model\.w_in \(expert 4 and 1 more\) is not finite; nothing"):
+        check_finite(slices, Group.of_one(), CheckpointFolder(tmp_path), step=5)
 
 
 def test_a_refused_save_names_the_tensor_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -31,12 +31,21 @@ def test_copies_are_written_once_and_spread_over_ranks() -> None:
         "c": [0],
         "d": [1],
     }
-    assert plan.of_rank(1) == ["b", "d"]
+    assert plan.of_rank(1) == [("b", StatePart(1, 0, 6)), ("d", StatePart(1, 0, 6))]
 
 
 def test_parts_are_written_by_their_holders() -> None:
     plan = plan_save([{"x": _place(0, 2)}, {"x": _place(2, 4)}, {"x": _place(0, 2)}, {"x": _place(2, 4)}])
     assert plan.parts["x"] == [StatePart(0, 0, 2), StatePart(1, 2, 4)]
+
+
+def test_rows_apart_are_written_run_by_run_by_whoever_holds_them() -> None:
+    first, second = (_place(0, 3)._replace(numbers=numbers) for numbers in ((0, 1, 4), (2, 3, 5)))
+    plan = plan_save([{"x": first}, {"x": second}, {"x": first}, {"x": second}])
+    parts = [StatePart(0, 0, 2), StatePart(1, 2, 2), StatePart(2, 4, 1), StatePart(3, 5, 1)]
+    assert plan.parts["x"] == parts
+    with pytest.raises(CheckpointError, match="x: not saved: indices 2 to 3 of 6 are missing"):
+        plan_save([{"x": first}, {"x": _place(5, 1)}])
 
 
 def test_a_rank_without_a_part_writes_none() -> None:

@@ -18,6 +18,7 @@ from trainer.checkpoint.find_checkpoint import CheckpointHandle, find, find_newe
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ResourceError
@@ -59,6 +60,20 @@ def test_a_loaded_state_equals_the_saved_one(folder: CheckpointFolder) -> None:
     for name, part in _state().slices.items():
         assert tensors[name].dtype == part.tensor.dtype and tensors[name].shape == part.tensor.shape
         assert torch.equal(tensors[name], part.tensor), name
+
+
+def test_rows_apart_are_saved_where_they_belong_and_read_back(folder: CheckpointFolder) -> None:
+    """A file has one part of a tensor, so runs of rows are in as many files."""
+    whole, other = torch.arange(12.0).view(6, 2), torch.arange(4)
+    numbers = [4, 0, 1, 5, 3, 2]
+    mine = Slice(tensor=whole[numbers], global_shape=(6, 2)).at(numbers)
+    state = TrainState(slices={"model.w": mine, "model.x": Slice.whole(other)})
+    save(folder, 1, state)
+    assert torch.equal(load(folder, 1)["model.w"], whole) and torch.equal(load(folder, 1)["model.x"], other)
+    assert len(list(folder.of_step(1).glob("*.safetensors"))) == len(mine.spans) == 5
+    found = find(folder, 1)
+    with StoredTensors(found.path, found.manifest) as tensors:
+        assert torch.equal(tensors.like(state).slices["model.w"].tensor, mine.tensor)
 
 
 def test_changes_after_the_snapshot_are_not_saved(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def _sizes(ep_size: int) -> dict[str, list[int]]:
     mine.train_step([make_batch(2, 8, seed=1)], lr=1e-3)
     sizes: dict[str, list[int]] = {"dense": [0, 0], "expert": [0, 0]}
     for name, p in mine.parameters.items():
-        kind = sizes["expert" if name in mine.first_expert else "dense"]
+        kind = sizes["expert" if name in mine.expert_numbers else "dense"]
         kind[0] += local(p).numel()
         kind[1] += sum(local(mine.optimizer.state[p][key]).numel() for key in ("exp_avg", "exp_avg_sq"))
     return sizes
@@ -46,7 +46,7 @@ def test_every_number_is_on_one_rank_and_so_is_its_optimizer_state(ranks: Ranks,
     whole = engine(Mesh.of_one(), "replicate", torch.float64)
     totals = {"dense": 0, "expert": 0}
     for name, p in whole.parameters.items():
-        totals["expert" if name in whole.first_expert else "dense"] += p.numel()
+        totals["expert" if name in whole.expert_numbers else "dense"] += p.numel()
     held = ranks.run(4, _sizes, ep_size)
     for kind, total in totals.items():
         assert sum(mine[kind][0] for mine in held) == total
@@ -223,8 +223,8 @@ def _starts_as_unsharded(num_experts: int, ep_size: int, shard_size: int | None)
     are_equal = []
     for name, p in mine.parameters.items():
         expected = whole[name].detach()
-        if (first := mine.first_expert.get(name)) is not None:
-            expected = expected[first : first + p.shape[0]]
+        if (numbers := mine.expert_numbers.get(name)) is not None:
+            expected = expected[list(numbers)]
         are_equal.append(torch.equal(local(p), expected[shard_index(p)] if isinstance(p, DTensor) else expected))
     return all(are_equal)
 

@@ -14,16 +14,18 @@ WHOLE = torch.arange(10.0).view(5, 2)
 def _gathered(parts: list[tuple[int, int]]) -> tuple[torch.Tensor | None, str]:
     """Gather `WHOLE`; return the local result, and the error if any."""
     mesh = mesh_here()
-    start, end = parts[mesh.layout.rank]
+    (start, end), odd = parts[mesh.layout.rank], mesh.layout.rank % 2
     slices = {
         "cut": Slice(tensor=WHOLE[start:end], global_shape=(5, 2), start=start),
         "copied": Slice.whole(torch.tensor(3)),
+        "apart": Slice(tensor=WHOLE[odd::2], global_shape=(5, 2)).at(range(odd, 5, 2)),
     }
     try:
         state = gather_state(TrainState(slices=slices), mesh)
     except CheckpointError as error:
         return None, str(error)
     assert int(state.slices["copied"].tensor) == 3
+    assert mesh.layout.rank or torch.equal(state.slices["apart"].tensor, WHOLE)
     return state.slices["cut"].tensor, ""
 
 
@@ -45,7 +47,7 @@ def test_slices_are_gathered_on_rank_0(ranks: Ranks, parts: list[tuple[int, int]
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([(0, 2), (3, 5)], "cut: no rank has the slice that starts at index 2 of 5; ranks have [(0, 2), (3, 2)]"),
+        ([(0, 2), (3, 5)], "cut: no rank has the slice that starts at index 2 of 5; ranks have [[(0, 2)], [(3, 2)]]"),
         ([(0, 2), (1, 5)], "cut: no rank has the slice that starts at index 2 of 5"),
     ],
 )

@@ -9,7 +9,6 @@ section would round the router, and its `torch_autocast` section would also accu
 
 from collections.abc import Mapping, Set
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,9 +51,9 @@ class DeepSpeedEngine(StepEngine):
             stack.enter_context(single_process_group(mesh, self.device))
             with raise_together(mesh.world):  # DeepSpeed or a compiler may be missing on one host alone
                 deepspeed = load_deepspeed(self.device)
-                groups = parameter_groups(optim, self.learning, self.first_expert, self.rate_factors, mesh)
+                groups = parameter_groups(optim, self.learning, self.expert_numbers, self.rate_factors, mesh)
                 optimizer = build_optimizer(deepspeed, groups, optim, adam=adam, config=config, device=self.device)
-            experts = [self.parameters[name] for name in self.first_expert]
+            experts = [self.parameters[name] for name in self.expert_numbers]
             stack.enter_context(expert_markers(model, experts, mesh))
             self._deepspeed = start_engine(
                 deepspeed, model, optimizer, self._with_bucket_size(config), mesh, self.device
@@ -169,7 +168,7 @@ class DeepSpeedEngine(StepEngine):
         for i, parameters in enumerate(self._zero.round_robin_bit16_groups):
             offsets = self._zero.round_robin_bit16_offsets[i]
             spans = [ParameterSpan(name_of[p], tuple(p.shape), at) for p, at in zip(parameters, offsets, strict=True)]
-            group = self.mesh.edp if spans[0].name in self.first_expert else self.mesh.world
+            group = self.mesh.edp if spans[0].name in self.expert_numbers else self.mesh.world
             partitions.append(Partition(spans, int(self._zero.partition_size[i]), group))
         return partitions
 
@@ -187,7 +186,7 @@ class DeepSpeedEngine(StepEngine):
     def _rows_of(self, name: str, first: int, rows: Tensor) -> Slice:
         """Return rows of a local parameter as a slice of the global tensor."""
         whole = self._slice(f"model.{name}", self.parameters[name])
-        return replace(whole, tensor=rows, start=whole.start + first)
+        return whole.part(first, rows)
 
     def _gradient_pieces(self, group: int) -> list[Tensor]:
         """Return this rank's pieces of the reduced gradient of a group, in order."""

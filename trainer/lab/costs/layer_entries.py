@@ -147,7 +147,7 @@ def moe_entry(
     if mesh is not None and dispatcher is not None:
         layer.dispatcher = build_plugin(dispatcher, Dispatcher, "--dispatcher", mesh, shape.num_experts)
         if mesh.ep.size > 1:
-            layer.experts.keep(*even_slice(shape.num_experts, mesh.ep.size, mesh.ep.index))
+            layer.experts.keep(range(*even_slice(shape.num_experts, mesh.ep.size, mesh.ep.index)))
     layer.experts.is_compiled = is_compiled
     return LayerEntry(layer, lambda x: _output(layer, x, given.context), given, [router])
 

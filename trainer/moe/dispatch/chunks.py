@@ -1,7 +1,7 @@
 """Chunks of a rank's experts, so that communication of one chunk overlaps computation of another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,6 +43,4 @@ class Chunks:
 
     def renumbered(self, decision: RoutingDecision) -> RoutingDecision:
         """Return the decision in new numbers; null experts keep theirs."""
-        expert, new_number = decision.expert_index, self.new_number.to(decision.expert_index.device)
-        new = torch.where(expert < len(new_number), new_number[expert.clamp(max=len(new_number) - 1)], expert)
-        return replace(decision, expert_index=new)
+        return decision.renumbered(self.new_number.to(decision.expert_index.device))
