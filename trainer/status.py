@@ -26,7 +26,7 @@ LIVENESS_FOLDER = "TURNOUT_WATCHED"
 """Environment variable: temporary folder shared by a supervisor and its processes."""
 LIVENESS_PIPE, STOP_SIGNAL = "beats", "asked"
 """Files in it: the pipe of liveness messages; the name of the stop signal."""
-Phase = Literal["start-up", "training", "reading", "evaluating", "saving"]
+Phase = Literal["start-up", "training", "reading", "evaluating", "saving", "reporting"]
 
 NAME_PATTERN = re.compile(r"rank\d{5,18}\.json", re.ASCII)
 """Name of a status file."""

@@ -54,7 +54,7 @@ FIRST_RANK = {
     "phase.removing_old_status_files": 1, "phase.recording_the_environment": 1, "resume.cleaned": 1,
     "save.folder_made": 3, "save.before_manifest": 3, "save.folder_synced": 3, "save.before_rename": 3,
     "save.renamed": 3, "save.committed": 3, "prune.begin": 3, "remove.out_of_sight": 1, "remove.done": 2,
-    "prune.done": 3, "phase.summary": 1,
+    "prune.done": 3, "phase.summary": 1, "report.page": 1,
 }  # fmt: skip
 RESUMED_EVERY_RANK = (
     "resume.candidate", "resume.checked", "phase.loading_the_checkpoint", "phase.writing_the_run_folder",

@@ -44,6 +44,7 @@ def test_an_old_run_resumes(name: str, by: str, workplace: Path) -> None:
     said = _turnout(workplace, "train", f"{name}.yaml" if by == "config" else f"runs/{name}")
     assert f"resuming from runs/{name}/checkpoints/step_00000003" in said
     assert [text in said for text in WARNINGS[name]] == [by == "config"] * len(WARNINGS[name])
+    assert "What was trained" in (workplace / "runs" / name / "report.html").read_text()
     after = read_jsonl(workplace / "runs" / name / "metrics.jsonl")
     for old, new in zip(map(without_clock, before), map(without_clock, after), strict=True):
         assert old.keys() == new.keys() - {"alarms"}  # which did not exist
@@ -64,5 +65,7 @@ def test_an_old_run_is_listed_verified_evaluated_and_exported(name: str, workpla
     ]  # fmt: skip
     assert numbers["eval/loss"] == pytest.approx(logged["eval/loss"], rel=1e-9)
     _turnout(workplace, "generate", run, "--max-tokens", "5")
+    _turnout(workplace, "report", run, "-o", "page.html", "--max-tokens", "64", "--checkpoints", "1")
+    assert "What each expert is for" in (workplace / "page.html").read_text()
     _turnout(workplace, "checkpoint", "export-dcp", run, "exported")
     assert (workplace / "exported" / ".metadata").is_file()

@@ -40,4 +40,25 @@ FAULTS = [
         "dict(reversed(list(zip(*self.metrics.series(key), strict=True))))",
         "report/test_run_logs.py",
     ),
+    _fault(
+        "a page that cannot be written fails a run that is finished",
+        "commands/final_page.py",
+        "except Exception as error:",
+        "except ValueError as error:",
+        "commands/test_final_page.py",
+    ),
+    _fault(
+        "a run that was stopped is measured before it ends",
+        "commands/final_page.py",
+        'if how == "full" and is_finished:',
+        'if how == "full":',
+        "commands/test_final_page.py",
+    ),
+    _fault(
+        "measuring a run at its end takes as long as it likes",
+        "commands/final_page.py",
+        "and time.monotonic() < end",
+        "",
+        "commands/test_final_page.py",
+    ),
 ]

@@ -5,7 +5,7 @@
       chat_template.jinja  special_tokens_map.json    if it trains on chats
       source/    as published, if imported
       metrics.jsonl  routing.jsonl  alarms.jsonl  checkpoints/  status/
-      predictions/  skipped_rows.jsonl  experts.svg  routing_record/
+      predictions/  skipped_rows.jsonl  experts.svg  report.html  report.json  routing_record/
       wandb/  tensorboard/  profile/  deepspeed/    if enabled
 
 Imports no torch.
@@ -52,6 +52,8 @@ class RunFolder:
         self.status = path / "status"
         self.predictions = path / "predictions"
         self.experts_picture = path / "experts.svg"
+        self.report = path / "report.html"
+        self.report_numbers = path / "report.json"
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self.deepspeed = path / "deepspeed"

@@ -50,9 +50,13 @@ def report_command(options: argparse.Namespace) -> int:
     if options.follow:
         _follow(runs, options)
     else:
-        _write_report(runs, [run.measure() for run in runs], options)
+        # Of a run that cannot be measured the page still has the logs; a step that was asked for is there or an error.
+        _write_report(runs, [run.newest() if options.step is None else run.measure() for run in runs], options)
+    failures = [run.failure for run in runs if run.failure is not None]
+    for failure in failures:
+        print_safe(failure, file=sys.stderr)
     _say_written(options)
-    return 0
+    return failures[0].exit_code if failures else 0
 
 
 def _follow(runs: Sequence[ReportedRun], options: argparse.Namespace) -> None:

@@ -33,6 +33,8 @@ class ReportedRun:
         self._measured: ReportData | None = None
         self._newest: int | None = None  # step of the newest checkpoint when it was measured, damaged or not
         self._is_ending = False
+        self.failure: CheckpointError | DataError | None = None
+        """Why the newest checkpoint was not measured, the last time that it was tried."""
         with self._at_home() as (_, folder):
             self.recorded = RecordedRun(folder.path.absolute())
 
@@ -53,16 +55,18 @@ class ReportedRun:
     def newest(self) -> ReportData:
         """Return the numbers of a run that may be training: of its newest checkpoint, and of its logs as they are now.
 
-        What cannot be measured now, such as a checkpoint that is being removed, is left out, with a remark.
+        What cannot be measured now, such as a checkpoint that is being removed, is left out: a remark and `failure` say
+        why.
         """
         newest = max(CheckpointFolder(self.recorded.folder.checkpoints).steps(), default=None)
-        before, remark = self._measured, ""
+        before, remark, self.failure = self._measured, "", None
         if before is None or (self._options.step is None and newest != self._newest):
             try:
                 found, self._newest = self.measure(), newest
                 return found
             except (CheckpointError, DataError) as error:
                 remark = f"The newest checkpoint was not measured: {single_line(str(error))}"
+                self.failure = error
         with self._at_home() as (config, _):
             card = card_of_run(self.recorded, config)
         remarks = (remark,) if remark else ()

@@ -7,6 +7,7 @@ from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.arguments import RUN, Subparsers, add_command, add_config
 from trainer.commands.branch_run import add_branch, branch_to_train, check_branch, wait_until_made
+from trainer.commands.final_page import write_final_page
 from trainer.commands.init_from_parent import check_first_weights
 from trainer.commands.resolve import check_run_folder, run_to_train, suggest_prepare
 from trainer.distributed.liveness_pipe import start_liveness_thread
@@ -69,6 +70,8 @@ def train_command(options: argparse.Namespace) -> int:
                     first_weights=None if parent is None else parent.first_weights(),
                     branch=branch,
                 )
+        if layout.rank == 0:
+            write_final_page(config, folder, status, stop, is_finished=code == 0)
         status.end(code)
         return code
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands.final_page import write_final_page
 from trainer.commands.init_from_parent import find_first_weights
 from trainer.commands.resolve import check_run_folder, run_folder_of
 from trainer.distributed.rank_layout import layout_from_environment
@@ -67,6 +68,8 @@ def train(config: ExperimentConfig) -> Run:
         first = find_first_weights(config, folder)
         with status.end_on_error():
             code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status, first_weights=first)
+        if layout.rank == 0:
+            write_final_page(config, folder, status, stop, is_finished=code == 0)
         status.end(code)
     if code != 0:
         raise KeyboardInterrupt(f"{folder.path}: stopped; call train again to resume")

@@ -108,6 +108,10 @@ class MetricsConfig(Config):
     """Record each token's experts, before drops (docs/routing_replay.md). Null: no record."""
     alarms: AlarmsConfig | None = AlarmsConfig()
     """Alarms while training (docs/alarms.md). Null: none."""
+    report: Literal["logs", "full"] | None = "logs"
+    """The page report.html, with its numbers as report.json, in the run folder when a training ends (docs/report.md).
+    `logs`: from its logs, in a tenth of a second. `full`: once all steps are done, measured as `turnout report` does,
+    experts and their words too, on rank 0's device for at most 4 minutes. Null: none."""
     heatmap_every: Count | None = 10
     """Logged steps between expert loads in wandb and TensorBoard (1 is an even share), a heat map over steps for each
     MoE layer. Null: never."""

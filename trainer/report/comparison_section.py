@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from trainer.console.formatting import rate
-from trainer.report.markup import PageTable, figure_number, foreign, section, table
+from trainer.console.formatting import duration, rate
+from trainer.report.markup import PageTable, details, figure_number, foreign, quoted, section, table
 from trainer.report.report_data import ReportData, RunCard
 
 _NOT_RESULTS: Final = ("time/", "time_max/", "system/", "data/")
@@ -14,17 +14,20 @@ def run_card(data: ReportData) -> str:
     """Return what was trained, how far, and on what it was measured."""
     card, text = data.card, data.text
     facts = [
-        ("measured at step", "no checkpoint yet" if card.step is None else f"{card.step} of {card.planned_steps}"),
+        ("steps", f"{figure_number(card.last.get('step', 0))} of {figure_number(card.planned_steps)}"),
         ("tokens trained", rate(card.trained_tokens)),
-        ("parameters", f"{rate(card.parameters)}, {rate(card.active_parameters)} for each token"),
+        ("parameters", _parameters(card)),
         ("experts", _experts(card)),
         ("router", _router(card)),
+        ("time of training", None if card.training_s is None else duration(card.training_s)),
+        ("trained on", card.trained_on),
         ("training loss", _last(card, "loss")),
         ("held-out loss", _last(card, "eval/loss")),
         ("held-out bits per byte", _last(card, "eval/bits_per_byte")),
+        ("measured", None if card.step is None else f"the checkpoint of step {figure_number(card.step)}"),
         ("folder", card.folder),
     ]
-    rows = "".join(f"<div><dt>{label}</dt><dd>{foreign(value)}</dd></div>" for label, value in facts)
+    rows = "".join(f"<div><dt>{label}</dt><dd>{foreign(value)}</dd></div>" for label, value in facts if value)
     parts = [f"<dl>{rows}</dl>"]
     if text is not None:
         heads = ["domain", "tokens measured", "loss, nats per token"]
@@ -33,11 +36,17 @@ def run_card(data: ReportData) -> str:
         caption = f"held-out text: {text.rows} rows, {text.tokens} tokens, {means}"
         parts.append(table(PageTable(heads=heads, rows=of_domains, caption=caption)))
     parts += [f'<p class="note">{foreign(remark)}</p>' for remark in data.remarks]
+    if card.config:
+        keys = [[key, value] for key, value in _leaves(card.config)]
+        parts.append(details("the whole config", table(PageTable(heads=["key", "value"], rows=keys))))
     return "".join(parts)
 
 
-def comparison_section(names: Sequence[str], cards: Sequence[RunCard]) -> str:
-    """Return tables of the differences of config and of all results, or nothing for a single run."""
+def comparison_section(names: Sequence[str], cards: Sequence[RunCard], cautions: Sequence[str]) -> str:
+    """Return tables of the differences of config and of all results, or nothing for a single run.
+
+    `cautions` say why results cannot be compared.
+    """
     if len(cards) < 2:
         return ""
     configs = [dict(_leaves(card.config)) for card in cards]
@@ -46,6 +55,7 @@ def comparison_section(names: Sequence[str], cards: Sequence[RunCard]) -> str:
     results = dict.fromkeys(key for card in cards for key in card.last if not key.startswith(_NOT_RESULTS))
     rows = [[key, *(card.last.get(key) for card in cards)] for key in results if key not in ("step", "tokens")]
     parts = [
+        *(f"<p><b>Caution:</b> {quoted(caution)}.</p>" for caution in cautions),
         table(PageTable(heads=["key", *names], rows=differing, caption="config, where it differs"))
         if differing
         else "<p>The configs are equal.</p>",
@@ -61,14 +71,20 @@ def _experts(card: RunCard) -> str:
     return f"{card.num_experts} in each of {len(card.moe_layers)} layers{chosen}"
 
 
-def _router(card: RunCard) -> str:
+def _parameters(card: RunCard) -> str | None:
+    if card.parameters is None or card.parameters == card.active_parameters:
+        return None if card.parameters is None else rate(card.parameters)
+    return f"{rate(card.parameters)}, {rate(card.active_parameters)} for each token"
+
+
+def _router(card: RunCard) -> str | None:
     if card.router is None:
-        return "-"
+        return None
     return card.router + (", dropless" if card.capacity_factor is None else f", capacity {card.capacity_factor:g}")
 
 
-def _last(card: RunCard, key: str) -> str:
-    return figure_number(card.last.get(key))
+def _last(card: RunCard, key: str) -> str | None:
+    return figure_number(card.last[key]) if key in card.last else None
 
 
 def _differs(configs: Sequence[Mapping[str, str]], key: str) -> bool:

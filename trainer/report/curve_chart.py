@@ -1,7 +1,7 @@
 """Draw curves over steps and parts of a whole as SVG for a page, with their last values in words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +23,7 @@ class Curve:
     """A series over steps; values that are None or not finite leave a gap."""
 
     name: str
+    """Empty: it is the only one of its chart, whose title says it all."""
     steps: Sequence[int]
     values: Sequence[float | None]
     colour: int = 0
@@ -58,8 +59,8 @@ def curve_chart(
     axes = _axes(kept, floor)
     body = _grid(axes, axis)
     body += [_path(curve, axes) for curve in kept]
-    ends = "; ".join(f"{spelled(c.name)} ends at {figure_number(c.values[-1])}" for c in kept)
-    drawn = _svg(body, f"{title} over {axis} {int(axes.first)} to {int(axes.last)}: {ends}", height=_HEIGHT)
+    ends = "; ".join(f"{spelled(c.name)} ends at {figure_number(c.values[-1])}".strip() for c in kept)
+    drawn = _svg(body, f"{title} over {axis} {int(axes.first)} to {int(axes.last)}: {ends}", height=_HEIGHT, axis=axis)
     keys = "".join(_key(curve) for curve in kept)
     folded = details("numbers", table(_numbers(kept, axis, unit)))
     return figure(title, f'{drawn}<ul class="keys">{keys}</ul>{folded}', note=unit)
@@ -87,16 +88,24 @@ def share_bars(title: str, parts: Sequence[str], bars: Sequence[tuple[str, Seque
     keys = "".join(
         f'<li><span class="swatch b{i % 9}"></span>{foreign(part)}</li>' for i, part in enumerate(parts) if sums[i]
     )
-    rows = [[part, *(values[i] for _, values in bars)] for i, part in enumerate(parts)]
-    numbers = table(PageTable(heads=["part", *(f"{name} {unit}".strip() for name, _ in bars)], rows=rows))
+    rows = [[part, *_cells([values for _, values in bars], i)] for i, part in enumerate(parts)]
+    heads = [head for name, _ in bars for head in (f"{name} {unit}".strip(), "%")]
+    numbers = table(PageTable(heads=["part", *heads], rows=rows))
     drawn = f'<div class="bars">{_svg(body, title, height=y)}</div>'
     return figure(title, f'{drawn}<ul class="keys">{keys}</ul>{numbers}')
+
+
+def _cells(bars: Sequence[Sequence[float]], part: int) -> Iterator[float]:
+    """Yield the value of a part in every bar, and its percent of the bar."""
+    for values in bars:
+        yield values[part]
+        yield round(100 * values[part] / (math.fsum(values) or 1), 1)
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return round values between two, at most `most` + 1 of them."""
     span = high - low
-    if span <= 0 or not math.isfinite(span):
+    if span < 1e-300 or not math.isfinite(span):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= span * (1 - 1e-9))
@@ -122,26 +131,24 @@ def _grid(axes: _Axes, axis: str) -> list[str]:
     for value in nice_ticks(axes.low, axes.high):
         y = round(axes.y(value), 1)
         body += [line(_LEFT, y, _WIDTH - _RIGHT, y, "rule"), text(_LEFT - 6, y + 4, _short(value), "quiet end")]
-    ticks = nice_ticks(axes.first, axes.last, 4)
+    ticks = nice_ticks(axes.first, axes.last, 6)
     body += [text(round(axes.x(step), 1), bottom + 16, _short(step), "quiet mid") for step in ticks]
     return [*body, text(_WIDTH - _RIGHT, _HEIGHT - 4, axis, "quiet end")]
 
 
 def _path(curve: Curve, axes: _Axes) -> str:
     """Return a curve with its numbers for the script, and a point where a value stands alone."""
-    moves, is_open = [], False
-    points = list(zip(curve.steps, curve.values, strict=True))
-    for step, value in points:
-        if value is None:
-            is_open = False
-            continue
-        moves.append(f"{'L' if is_open else 'M'}{axes.x(step):.1f} {axes.y(value):.1f}")
-        is_open = True
-    if len(moves) == 1:
-        moves.append("h0.1")
+    moves, is_open = list[str](), False
+    for step, value in zip(curve.steps, curve.values, strict=True):
+        if value is not None:
+            moves.append(f"{'L' if is_open else 'M'}{axes.x(step):.1f} {axes.y(value):.1f}")
+        is_open = value is not None
+    alone = " dot" if len(moves) == 1 else ""
+    ends = zip(moves, [*moves[1:], "M"], strict=True)
+    drawn = "".join(f"{move}h0.1" if move[0] == following[0] == "M" else move for move, following in ends)
     values = " ".join("-" if value is None else f"{value:.5g}" for value in curve.values)
     return (
-        f'<path class="s{curve.colour % 9}" d="{"".join(moves)}"{_dash(curve)} data-name="{quoted(curve.name)}" '
+        f'<path class="s{curve.colour % 9}{alone}" d="{drawn}"{_dash(curve)} data-name="{quoted(curve.name)}" '
         f'data-steps="{" ".join(map(str, curve.steps))}" data-values="{values}"/>'
     )
 
@@ -158,7 +165,7 @@ def _dash(curve: Curve) -> str:
 def _key(curve: Curve) -> str:
     stroke = f'<path class="s{curve.colour % 9}"{_dash(curve)} d="M0 4h24"/>'
     mark = f'<svg class="key" viewBox="0 0 24 8" aria-hidden="true">{stroke}</svg>'
-    return f"<li>{mark}{foreign(curve.name)} <b>{figure_number(curve.values[-1])}</b></li>"
+    return f"<li>{mark}{foreign(curve.name or 'last')} <b>{figure_number(curve.values[-1])}</b></li>"
 
 
 def _numbers(curves: Sequence[Curve], axis: str, unit: str) -> PageTable:
@@ -168,7 +175,7 @@ def _numbers(curves: Sequence[Curve], axis: str, unit: str) -> PageTable:
     every = math.ceil(len(steps) / _MOST_ROWS)
     shown = sorted({*steps[::-1][::every], *(curve.steps[-1] for curve in curves)})
     rows = [[step, *(values.get(step) for values in by_step)] for step in shown]
-    return PageTable(heads=[axis, *(curve.name for curve in curves)], rows=rows, caption=unit)
+    return PageTable(heads=[axis, *(curve.name or "value" for curve in curves)], rows=rows, caption=unit)
 
 
 def _thinned(curve: Curve) -> Curve:
@@ -197,8 +204,7 @@ def _thinned(curve: Curve) -> Curve:
     )
 
 
-def _svg(body: Sequence[str], label: str, *, height: float) -> str:
-    inner = "\n".join(body)
-    return (
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{quoted(label)}">\n{inner}\n</svg>'
-    )
+def _svg(body: Sequence[str], label: str, *, height: float, axis: str = "") -> str:
+    inner, box = "\n".join(body), f'viewBox="0 0 {_WIDTH} {height:g}"'
+    named = f' data-axis="{quoted(axis)}"' if axis else ""
+    return f'<svg class="plot" {box}{named} role="img" aria-label="{quoted(label)}">\n{inner}\n</svg>'

@@ -15,6 +15,7 @@ for (const plot of document.querySelectorAll("svg.plot")) {
   const curves = [...plot.querySelectorAll("path[data-steps]")].map(path => ({name: path.dataset.name,
     steps: path.dataset.steps.split(" ").map(Number), values: path.dataset.values.split(" ")}));
   if (!curves.length) continue;
+  const axis = plot.dataset.axis;
   const first = Math.min(...curves.map(curve => curve.steps[0]));
   const last = Math.max(...curves.map(curve => curve.steps.at(-1)));
   plot.addEventListener("pointermove", event => {
@@ -24,7 +25,7 @@ for (const plot of document.querySelectorAll("svg.plot")) {
     const lines = curves.map(curve => {
       let best = 0;
       curve.steps.forEach((s, i) => { if (Math.abs(curve.steps[best] - step) > Math.abs(s - step)) best = i; });
-      return curve.name + ": " + curve.values[best] + " at step " + curve.steps[best];
+      return (curve.name ? curve.name + ": " : "") + curve.values[best] + " at " + axis + " " + curve.steps[best];
     });
     show(event, lines.join("\n"));
   });

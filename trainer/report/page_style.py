@@ -21,7 +21,7 @@ nav { margin: 12px 0 }
 nav a { margin-right: 14px; white-space: nowrap }
 .grid {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 14px;
-  align-items: start;
+  align-items: start; margin-bottom: 14px;
 }
 .pair {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 14px;
@@ -46,6 +46,7 @@ figcaption, caption { font-weight: 600; text-align: left; padding-bottom: 6px }
 .axis { stroke: var(--axis) }
 .rule { stroke: var(--grid) }
 .plot path[data-steps], .key path { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round }
+.plot path.dot { stroke-width: 7 }
 .keys {
   list-style: none; margin: 8px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 16px;
   font-size: .87rem;
@@ -107,7 +108,7 @@ th[aria-sort=descending] button::after { content: " \\2193" }
 }
 @media print {
   body { max-width: none; padding: 0 }
-  nav, summary, #readout, figure details { display: none }
+  nav, summary, #readout, figure details, #card details { display: none }
   figure, .card, tr { break-inside: avoid }
   details::details-content { content-visibility: visible; display: block; height: auto }
   h2, h3 { break-after: avoid }

@@ -47,6 +47,10 @@ class RunCard:
     """Last value of every key of metrics.jsonl, such as loss, eval/loss and tokens_per_second."""
     config: Mapping[str, Any]
     """The run's config as nested sections, for the table of differences."""
+    training_s: float | None = None
+    """Seconds of all logged steps, over all starts of the run, without evaluations and saves."""
+    trained_on: str | None = None
+    """Device and number of ranks of its last start."""
     training_load: Matrix = ()
     """(L, E) share of each expert in the last record of routing.jsonl; empty without one."""
 

@@ -20,14 +20,23 @@ from trainer.report.routing_sections import (
     similarity_maps,
 )
 from trainer.report.run_logs import read_run_logs
-from trainer.report.run_sections import alarm_section, damage_notes, load_section, loss_section, step_time_section
+from trainer.report.run_sections import (
+    alarm_section,
+    damage_notes,
+    expert_load_section,
+    load_section,
+    loss_section,
+    step_time_section,
+)
 from trainer.report.word_sections import expert_words
+from trainer.runs.compared_runs import other_text
 from trainer.runs.recorded_run import RecordedRun
 
 MOST_BYTES: Final = 2_000_000
 """Bytes of a page, which passages of text are left out to keep."""
 _WORD_BYTES: Final = 800_000
 _FIXED_BYTES: Final = 60_000  # style, script and what is around the sections
+_TOO_LARGE: Final = "Too large for a page: the JSON and the logs have its numbers."
 _SENTENCE_BYTES: Final = 2_000  # more than a section that was replaced has
 
 
@@ -38,11 +47,12 @@ def report_html(data: Sequence[ReportData], runs: Sequence[RecordedRun]) -> str:
     of_run = "What was trained, and on what text it was measured."
     before = [
         _beside(names, "card", "Run", of_run, [run_card(one) for one in data]),
-        comparison_section(names, [one.card for one in data]),
+        comparison_section(names, [one.card for one in data], other_text(runs)),
         alarm_section(logs),
         loss_section(logs),
-        load_section(logs, [one.card for one in data]),
+        load_section(logs),
         step_time_section(logs),
+        expert_load_section(logs, [one.card for one in data]),
         _beside(names, "layers", "Layers and experts", "On held-out text, without drops.", [load_map(d) for d in data]),
     ]
     after = _expert_sections(names, data)
@@ -93,7 +103,9 @@ def _fitting(sections: Sequence[str], room: int) -> list[str]:
     while sum(sizes) > room and max(sizes) > _SENTENCE_BYTES:
         longest = sizes.index(max(sizes))
         head = kept[longest].split("<p", 1)[0]
-        kept[longest] = f'{head}<p class="note">Too large for a page: the JSON has its numbers.</p></section>\n'
+        kept[longest] = (
+            f'{head}<p class="note">Too large for a page: the JSON and the logs have its numbers.</p></section>\n'
+        )
         sizes[longest] = len(kept[longest].encode())
     return kept
 

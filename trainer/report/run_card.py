@@ -1,15 +1,20 @@
 """The card of a run: what was trained and how far, from its folder alone. Imports no torch."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from trainer.experiment import ExperimentConfig
 from trainer.report.report_data import Matrix, RunCard
-from trainer.runs.recorded_log import finite, read_log
+from trainer.runs.recorded_log import RecordedLog, finite, read_log
 from trainer.runs.recorded_run import RecordedRun
+from trainer.runs.run_figures import figures_of
 
 
 def card_of_run(run: RecordedRun, config: ExperimentConfig) -> RunCard:
-    """Return the card of a run without what only its checkpoint tells: step, parameters, domains."""
-    moe, last = config.model.moe, _last_values(run)
-    tokens = last.get("tokens")
+    """Return the card of a run without what only its checkpoint tells: step and domains."""
+    moe, log = config.model.moe, read_log(run.folder.metrics)
+    last = _last_values(log)
+    tokens, environment = last.get("tokens"), run.environment()
     return RunCard(
         name=config.name,
         folder=str(run.path),
@@ -21,19 +26,36 @@ def card_of_run(run: RecordedRun, config: ExperimentConfig) -> RunCard:
         router=None if moe is None else moe.router.kind,
         capacity_factor=None if moe is None else moe.capacity.factor,
         last=last,
+        training_s=figures_of(log).train_s,
+        trained_on=_device(environment),
         training_load=_last_load(run),
         config=config.model_dump(mode="json"),
         step=None,
-        parameters=None,
-        active_parameters=None,
+        parameters=_parameters(environment, "total_parameters"),
+        active_parameters=_parameters(environment, "active_parameters"),
         domains=(),
     )
 
 
-def _last_values(run: RecordedRun) -> dict[str, float]:
+def _parameters(environment: Mapping[str, Any], key: str) -> int | None:
+    """Return a number of parameters; None if the run has no record of it."""
+    size = environment.get("model_size")
+    found = size.get(key) if isinstance(size, dict) else None
+    return found if type(found) is int else None
+
+
+def _device(environment: Mapping[str, Any]) -> str | None:
+    """Return the device and the number of ranks; None if the run has no record of them."""
+    name, ranks = environment.get("gpu") or environment.get("device"), environment.get("world_size")
+    if not isinstance(name, str) or type(ranks) is not int:
+        return None
+    return f"{name}, {ranks} rank{'s' if ranks != 1 else ''}"
+
+
+def _last_values(log: RecordedLog) -> dict[str, float]:
     """Return the last finite value of every key of metrics.jsonl."""
     last: dict[str, float] = {}
-    for record in read_log(run.folder.metrics).records:
+    for record in log.records:
         last |= {key: value for key in record if (value := finite(record, key)) is not None}
     return last
 

@@ -1,12 +1,16 @@
 """Logs of a run as a page needs them: read once, in the order of steps, the newest record of a step last."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from trainer.report.curve_chart import Curve
 from trainer.runs.recorded_log import RecordedLog, read_log
 from trainer.runs.recorded_run import RecordedRun
+
+_LARGEST: Final = 1e100
+_MAX_COUNT: Final = 1 << 53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +23,14 @@ class RunLogs:
     alarms: RecordedLog
 
     def curve(self, key: str, name: str, *, colour: int = 0, dash: int = 0) -> Curve:
-        """Return a metric over steps; a step that was trained again has its newest value."""
+        """Return a metric over steps; a step that was trained again has its newest value.
+
+        What no picture has room for is not a number: such values overflow where they are added or scaled.
+        """
         newest = dict(zip(*self.metrics.series(key), strict=True))
         steps = sorted(newest)
-        return Curve(name=name, steps=steps, values=[newest[step] for step in steps], colour=colour, dash=dash)
+        values = [newest[step] if abs(newest[step]) < _LARGEST else math.nan for step in steps]
+        return Curve(name=name, steps=steps, values=values, colour=colour, dash=dash)
 
     def keys(self, prefix: str, suffix: str = "") -> list[str]:
         """Return the metrics whose names begin and end so, in the order of their first records."""
@@ -58,8 +66,12 @@ def read_run_logs(runs: Sequence[RecordedRun]) -> list[RunLogs]:
 
 
 def _matrix(value: Any) -> list[list[float]] | None:
-    """Return a value of a log if it is a rectangle of numbers."""
+    """Return a value of a log if it is a rectangle of counts."""
     if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
         return None
-    is_whole = all(len(row) == len(value[0]) and all(isinstance(n, int | float) for n in row) for row in value)
+    is_whole = all(len(row) == len(value[0]) and all(map(_is_count, row)) for row in value)
     return value if is_whole else None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= _MAX_COUNT  # type: ignore[operator]  # NaN is not

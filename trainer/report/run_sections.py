@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from trainer.report.curve_chart import Curve, curve_chart, share_bars
 from trainer.report.heat_chart import EVEN_SHARE, HeatMap, heat_chart
-from trainer.report.markup import figure_number, foreign, grid, maps, quoted, section
+from trainer.report.markup import figure, figure_number, foreign, grid, maps, quoted, section
 from trainer.report.report_data import RunCard
 from trainer.report.run_logs import RunLogs
 
@@ -25,13 +25,15 @@ _CURVES: Final = (
 )
 """Key of metrics.jsonl, title, unit, and a value that the axis includes."""
 _MOST_STRETCHES: Final = 16  # columns of the load over time
+_FEWEST_STRETCHES: Final = 4
+_MOST_CELLS: Final = 8192  # of the load over time of a run
 _MOST_DOMAINS: Final = 12  # curves of one run
 
 
 def loss_section(logs: Sequence[RunLogs]) -> str:
     """Return the losses over time: training and held-out text, all of it and by domain."""
     parts = [curve_chart("loss", _losses(logs), unit="nats per token")]
-    bits = [log.curve("eval/bits_per_byte", log.name, colour=i) for i, log in enumerate(logs)]
+    bits = _of_runs(logs, "eval/bits_per_byte")
     parts.append(curve_chart("held-out text", bits, unit="bits per byte"))
     for log in logs:
         keys = [key for key in log.keys("eval/", "/bits_per_byte") if key != "eval/bits_per_byte"][:_MOST_DOMAINS]
@@ -45,22 +47,26 @@ def loss_section(logs: Sequence[RunLogs]) -> str:
     return section("loss", "Loss", note, [grid(parts)])
 
 
-def load_section(logs: Sequence[RunLogs], cards: Sequence[RunCard]) -> str:
-    """Return the load of experts, and what else was logged, over time."""
+def load_section(logs: Sequence[RunLogs]) -> str:
+    """Return load, and what else was logged, over time."""
     charts = []
     for key, title, unit, floor in _CURVES:
-        curves = [log.curve(key, log.name, colour=index) for index, log in enumerate(logs)]
+        curves = _of_runs(logs, key)
         if not _changes(curves):
             continue  # none was dropped, none died: the last values are in the tables
         charts.append(curve_chart(title, curves, unit=unit, floor=floor))
+    note = "Of the logged steps; speed and time of a step are means since the logged step before."
+    return section("time", "Load and speed over time", note, [grid(charts)])
+
+
+def expert_load_section(logs: Sequence[RunLogs], cards: Sequence[RunCard]) -> str:
+    """Return the load of every expert over time."""
     owners = [f": {log.name}" if len(logs) > 1 else "" for log in logs]
     charted = [
         chart for log, card, owner in zip(logs, cards, owners, strict=True) for chart in _load_maps(log, card, owner)
     ]
-    what = "Load of every expert: percent of its layer's assignments in the logged steps up to the one above"
-    legend = f'<p class="note">{what}; {EVEN_SHARE}.</p>' if charted else ""
-    note = "Values of single steps; times are means since the line before."
-    return section("time", "Load and speed over time", note, [grid(charts), legend, maps(charted)])
+    note = f"Percent of its layer's assignments in the logged steps up to the one above; {EVEN_SHARE}."
+    return section("load", "Load of every expert over time", note, [maps(charted)])
 
 
 def step_time_section(logs: Sequence[RunLogs]) -> str:
@@ -70,7 +76,7 @@ def step_time_section(logs: Sequence[RunLogs]) -> str:
     for log in logs:
         means = [_mean([v for v in log.curve(key, key).values if v is not None][1:]) for key in parts]
         if any(means):
-            bars.append((log.name if len(logs) > 1 else "a step", [1000 * mean for mean in means]))
+            bars.append((log.name if len(logs) > 1 else "", [1000 * mean for mean in means]))
     if not bars:
         return ""
     names = [key.removeprefix("time/") for key in parts]
@@ -88,8 +94,12 @@ def alarm_section(logs: Sequence[RunLogs]) -> str:
         for record in log.alarms.records:
             kinds.setdefault(tuple(str(record.get(key)) for key in ("alarm", "layer", "rank")), []).append(record)
         parts += [_alarm(log.name if len(logs) > 1 else "", records) for records in kinds.values()]
-    if not parts:
-        parts = ['<p class="fine">None rang.</p>']
+    unwatched = [log for log in logs if not log.alarms.records and not log.keys("alarms")]
+    if len(parts) == 0 and len(unwatched) < len(logs):
+        parts.append('<p class="fine">None rang.</p>')
+    whose = f": {', '.join(log.name for log in unwatched)}" if len(logs) > 1 else ""
+    if unwatched:
+        parts.append(f'<p class="note">Nobody watched, or nothing is logged yet{quoted(whose)}.</p>')
     return section("alarms", "Alarms", "What the run warned of while it trained (alarms.jsonl).", parts)
 
 
@@ -104,6 +114,11 @@ def damage_notes(logs: Sequence[RunLogs]) -> list[str]:
             if content.damaged:
                 found.append(f"{log.name}: {len(content.damaged)} damaged lines of {name} are left out")
     return found
+
+
+def _of_runs(logs: Sequence[RunLogs], key: str) -> list[Curve]:
+    """Return the curve of a metric of every run; that of a single one needs no name."""
+    return [log.curve(key, log.name if len(logs) > 1 else "", colour=i) for i, log in enumerate(logs)]
 
 
 def _losses(logs: Sequence[RunLogs]) -> list[Curve]:
@@ -121,10 +136,13 @@ def _load_maps(log: RunLogs, card: RunCard, owner: str) -> list[str]:
     records = list(log.counts())
     if not records or len(records[0][1][0]) < 2:
         return []
-    size = math.ceil(len(records) / _MOST_STRETCHES)
+    num_layers, num_experts = len(records[0][1]), len(records[0][1][0])
+    most = min(_MOST_STRETCHES, _MOST_CELLS // (num_layers * num_experts))
+    if most < _FEWEST_STRETCHES:
+        return [figure(f"{num_layers} x {num_experts}{owner}", "They are too many for a page: routing.jsonl has it.")]
+    size = math.ceil(len(records) / most)
     stretches = [records[start : start + size] for start in range(0, len(records), size)]
     charts = []
-    num_layers, num_experts = len(records[0][1]), len(records[0][1][0])
     indices = card.moe_layers if len(card.moe_layers) == num_layers else range(num_layers)
     for layer in range(num_layers):
         sums = [[math.fsum(c[layer][e] for _, c in part) for e in range(num_experts)] for part in stretches]

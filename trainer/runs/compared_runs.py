@@ -115,6 +115,7 @@ def cautions(groups: Sequence[SeedGroup]) -> list[str]:
     tokens = {run.figures.tokens for run in runs}
     if len(tokens) > 1:
         said.append("the runs have read different numbers of tokens, so their losses are not of one budget")
+    said += other_text([RecordedRun(run.path) for run in runs])
     if unfinished := [str(run.path) for run in runs if run.state.state != "finished"]:
         said.append(f"not finished: {', '.join(unfinished)}")
     if len(groups) > 1 and (single := [group.name for group in groups if len(set(map(str, group.seeds))) < 2]):
@@ -135,3 +136,15 @@ def _values(run: ListedRun) -> dict[str, Any]:
 
 def _written(value: object) -> str:
     return repr(value) if value is ABSENT else inline(value)
+
+
+def other_text(runs: Sequence[RecordedRun]) -> list[str]:
+    """Say why losses of runs are of different things: other tokens, or other text."""
+    environments = [run.environment() for run in runs]
+
+    def differs(key: str) -> bool:
+        return len({str(one[key]) for one in environments if key in one}) > 1
+
+    if differs("tokenizer_fingerprint"):
+        return ["their tokenizers differ, so losses per token cannot be compared; bits per byte can, on the same text"]
+    return ["their text differs, held-out text too"] if differs("data_fingerprint") else []

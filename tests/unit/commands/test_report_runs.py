@@ -103,6 +103,19 @@ def test_checkpoints_that_cannot_be_read_leave_the_curves(run: RecordedRun) -> N
     assert again.text is not None and not [one for one in again.remarks if "was not measured" in one]
 
 
+def test_a_run_that_cannot_be_measured_does_not_hide_the_others(
+    run: RecordedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its logs are on the page, and the exit code says that something is missing."""
+    damaged, page = Path(shutil.copytree(run.path, tmp_path / "damaged")), tmp_path / "page.html"
+    for manifest in damaged.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{")
+    assert _exit_code("report", str(damaged), str(run.path), "-o", str(page), *ARGUMENTS) == 4
+    assert "The newest checkpoint was not measured: " in page.read_text()
+    assert "What each expert is for" in page.read_text()
+    assert str(damaged) in capsys.readouterr().err
+
+
 def test_an_older_checkpoint_is_measured_once_where_the_newest_is_damaged(run: RecordedRun) -> None:
     (run.folder.checkpoints / f"step_{run.checkpoints[-1]:08d}" / "manifest.json").write_text("{")
     reported = ReportedRun(run.path, FEW)

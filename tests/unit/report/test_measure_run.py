@@ -124,7 +124,7 @@ def test_dense_models_and_runs_without_a_checkpoint_have_a_report_too(tmp_path: 
     shutil.rmtree(run.folder.checkpoints)
     bare = measure_run(run, config, MeasureOptions(), pytest.fail)
     assert bare.text is None and bare.card.last == data.card.last
-    assert bare.card == replace(data.card, step=None, parameters=None, active_parameters=None, domains=())
+    assert bare.card == replace(data.card, step=None, domains=())
     assert bare.remarks == ("There is no checkpoint yet: only curves are shown.",)
 
 

@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import math
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +163,8 @@ def test_runs_stand_beside_each_other_with_a_table_of_differences(tmp_path: Path
     data = [sample_report(name="a"), sample_report(name="b", seed=4, experts=8, layers=3)]
     page = report_html(data, runs)
     tree = _parsed(page)
-    rows = {tuple(cell.text for cell in row)[:1]: [cell.text for cell in row][1:] for row in tree.iter("tr")}
+    differences = next(element for element in tree.iter("section") if element.get("id") == "differences")
+    rows = {tuple(cell.text for cell in row)[:1]: [cell.text for cell in row][1:] for row in differences.iter("tr")}
     assert rows[("model.moe.num_experts",)] == ["4", "8"]
     assert ("seed",) not in rows
     assert rows[("eval/loss",)] == [figure_number(one.card.last["eval/loss"]) for one in data]
@@ -189,15 +192,44 @@ def test_a_run_without_checkpoint_dense_or_just_begun_has_a_page(tmp_path: Path)
     assert "There is no checkpoint yet." in page
 
 
-def test_a_large_model_has_a_page_of_less_than_2_mb(tmp_path: Path) -> None:
-    """Of 24 layers of 128 experts the page has what there is room for, and says what only the JSON has."""
-    few = sample_report(experts=12, layers=24, hostile=" word" * 30)
-    many = sample_report(experts=128, layers=2)
-    layers = tuple(replace(many.layers[0], layer=index) for index in range(24))
-    wide = replace(many, layers=layers, checkpoints=few.checkpoints)
-    run = RecordedRun(write_logs(tmp_path / "large", steps=400))
-    for data in (few, wide):
-        page = report_html([data], [run])
-        assert len(page.encode()) < MOST_BYTES
-        assert "more experts are only in the JSON" in page
+@pytest.mark.parametrize(("experts", "layers"), [(12, 24), (128, 24)])
+def test_a_large_model_has_a_page_of_less_than_2_mb(experts: int, layers: int, tmp_path: Path) -> None:
+    """Of many experts it says less, of too many the first of each layer; the curves are always there."""
+    one = sample_report(experts=experts, layers=1, hostile=" word" * 30)
+    data = replace(one, layers=tuple(replace(one.layers[0], layer=i) for i in range(layers)), checkpoints=())
+    run = RecordedRun(write_logs(tmp_path / "large", steps=40))
+    records = [{"step": step, "counts": [[step] * experts] * layers} for step in range(10, 410, 10)]
+    run.folder.routing.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = report_html([data], [run])
+    assert len(page.encode()) < MOST_BYTES
+    tree = _parsed(page)
+    found = {element.get("id"): element for element in tree.iter("section")}
+    headings = ["".join(heading.itertext()) for heading in found["words"].iter("h3")]
+    assert [one for one in headings if one.startswith("layer")] == [f"layer {index}" for index in range(layers)]
+    shown = sum(one.startswith("expert 0:") for one in headings)
+    assert shown == layers and "Shortened to keep the page small" in page
+    assert ("more experts are only in the JSON" in page) == (experts > 12)
+    assert ("routing.jsonl has it" in page) == (experts > 12)
+    assert {path.get("data-name") for path in found["loss"].iter("path")} > {"training", "held out"}
+
+
+def test_logs_of_any_values_have_a_page(tmp_path: Path) -> None:
+    """Values of any type and size, as a damaged or a foreign log may have, are drawn or left out."""
+    dice = random.Random(7)
+    values = [None, True, -1, 0.5, 1e308, -1e308, math.nan, math.inf, 10**400, 5e-324, HOSTILE[:-1], [[1]], {"a": 1}]
+    keys = ["loss", "eval/loss", "eval/<b>/bits_per_byte", "load_imbalance", "time/forward", "time/<i>", "lr", "alarm"]
+    keys += ["state", "layer", "rank", "message", "advice", "value", "threshold", "counts", "alarms"]
+    for number in range(60):
+        run = RecordedRun(write_logs(tmp_path / str(number), steps=number % 3))
+        for log in (run.folder.metrics, run.folder.routing, run.folder.alarms):
+            for _ in range(8):
+                record: dict[str, object] = {key: dice.choice(values) for key in dice.sample(keys, 6)}
+                record["step"] = dice.choice([0, 1, 2, 2**53, True, -1, 1.5])
+                if dice.random() < 0.5:
+                    record["counts"] = [[dice.choice(values) for _ in range(2)] for _ in range(2)]
+                line = json.dumps(record)
+                with log.open("a") as file:
+                    file.write(dice.choice([line, line, line, line[: len(line) // 2]]) + "\n")
+        page = report_html([replace(sample_report(), card=replace(sample_report().card, last={}))], [run])
         _parsed(page)
+        assert not re.search(r' (d|x|y|width|height)="[^"]*(nan|inf)', page)
