@@ -46,7 +46,8 @@ def _parameters(environment: Mapping[str, Any], key: str) -> int | None:
 
 def _device(environment: Mapping[str, Any]) -> str | None:
     """Return the device and the number of ranks; None if the run has no record of them."""
-    name, ranks = environment.get("gpu") or environment.get("device"), environment.get("world_size")
+    device, ranks = environment.get("device"), environment.get("world_size")
+    name = environment.get("gpu") if str(device).startswith("cuda") else device
     if not isinstance(name, str) or type(ranks) is not int:
         return None
     return f"{name}, {ranks} rank{'s' if ranks != 1 else ''}"

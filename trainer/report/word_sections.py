@@ -35,11 +35,12 @@ def expert_words(layers: Sequence[LayerFindings], domains: Sequence[str], *, mos
     """Return a card for each expert, with as much detail as there is room for; of too many the first of each layer."""
     if not layers:
         return ""
-    for detail in _DETAILS:
-        cards = [[_card(expert, domains, detail) for expert in layer.experts] for layer in layers]
-        if sum(len(card.encode()) for row in cards for card in row) <= most_bytes:
-            break
-    shown = [_first(row, most_bytes // len(layers)) for row in cards] if detail is _DETAILS[-1] else cards
+    detail, cards = _DETAILS[0], _cards(layers, domains, _DETAILS[0])
+    for leaner in _DETAILS[1:]:
+        if _size(cards) > most_bytes:
+            detail, cards = leaner, _cards(layers, domains, leaner)
+    room = most_bytes // len(layers)
+    shown = cards if _size(cards) <= most_bytes else [_first(row, room) for row in cards]
     body = []
     if detail is not _DETAILS[0]:
         body.append('<p class="note">Shortened to keep the page small: the JSON has more words and passages.</p>\n')
@@ -48,6 +49,14 @@ def expert_words(layers: Sequence[LayerFindings], domains: Sequence[str], *, mos
         more = f'<p class="note">{left} more experts are only in the JSON.</p>' if left else ""
         body.append(f'<h3>layer {layer.layer}</h3><div class="grid">{"".join(row)}</div>{more}\n')
     return "".join(body)
+
+
+def _cards(layers: Sequence[LayerFindings], domains: Sequence[str], detail: _Detail) -> list[list[str]]:
+    return [[_card(expert, domains, detail) for expert in layer.experts] for layer in layers]
+
+
+def _size(cards: Sequence[Sequence[str]]) -> int:
+    return sum(len(card.encode()) for row in cards for card in row)
 
 
 def _first(cards: Sequence[str], most_bytes: int) -> list[str]:
