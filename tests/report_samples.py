@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.report.report_data import (
@@ -149,6 +150,8 @@ def _expert(dice: random.Random, number: int, domains: tuple[str, ...], experts:
         tokens=0 if number == experts - 1 else 900,
         share=dice.random() / experts,
         domain_lift=tuple(dice.uniform(0.2, 2) for _ in domains),
+        kinds=(replace(words[0], text="line break", tokens=()), replace(words[1], text="number", tokens=())),
+        explained=0.25,
         words=tuple(words),
         ngrams=tuple(words[:2]),
         excerpts=(excerpt,) * 4,

@@ -33,7 +33,7 @@ def run_card(data: ReportData) -> str:
         heads = ["domain", "tokens measured", "loss, nats per token"]
         of_domains = list(zip(text.domains, text.domain_tokens, text.domain_loss, strict=True))
         means = f"loss {figure_number(text.loss)}, {figure_number(text.bits_per_byte)} bits per byte"
-        caption = f"held-out text: {text.rows} rows, {text.tokens} tokens, {means}"
+        caption = f"the text of this page: {text.rows} rows of held-out text, {text.tokens} tokens, {means}"
         parts.append(table(PageTable(heads=heads, rows=of_domains, caption=caption)))
     parts += [f'<p class="note">{foreign(remark)}</p>' for remark in data.remarks]
     if card.config:

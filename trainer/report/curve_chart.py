@@ -165,7 +165,7 @@ def _dash(curve: Curve) -> str:
 def _key(curve: Curve) -> str:
     stroke = f'<path class="s{curve.colour % 9}"{_dash(curve)} d="M0 4h24"/>'
     mark = f'<svg class="key" viewBox="0 0 24 8" aria-hidden="true">{stroke}</svg>'
-    return f"<li>{mark}{foreign(curve.name or 'last')} <b>{figure_number(curve.values[-1])}</b></li>"
+    return f"<li>{mark}{foreign(curve.name or 'last')}: <b>{figure_number(curve.values[-1])}</b></li>"
 
 
 def _numbers(curves: Sequence[Curve], axis: str, unit: str) -> PageTable:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trainer.report.measure_words import FoundWord, Vocabulary, apart, lifts, vocabularies, words_of_experts
 from trainer.report.report_data import Excerpt, ExpertFindings, TypicalRow, Word
 from trainer.report.routed_text import Choices, TextRows, assignments
+from trainer.report.token_kinds import KINDS, token_kinds
 from trainer.report.token_text import TokenText
 
 _MOST_WORDS, _MOST_NGRAMS, _MOST_EXCERPTS, _MOST_ROWS = 12, 8, 4, 2
@@ -29,13 +30,16 @@ class DescribedText:
     shown: TokenText
     words: Sequence[Vocabulary]
     """N-grams by length, from 1 on."""
+    kinds: Vocabulary
+    """Kinds of token, by their numbers in `token_kinds.KINDS`."""
     num_layers: int
 
     @classmethod
     def of(cls, text: TextRows, shown: TokenText, *, vocab_size: int, num_layers: int) -> "DescribedText":
         """Find the words of a text."""
         longest = 6 if vocab_size <= _SMALL_VOCABULARY else 3
-        return cls(text=text, shown=shown, words=vocabularies(text, longest), num_layers=num_layers)
+        kinds = token_kinds(text, shown)
+        return cls(text=text, shown=shown, words=vocabularies(text, longest), kinds=kinds, num_layers=num_layers)
 
 
 def describe_experts(
@@ -43,8 +47,12 @@ def describe_experts(
 ) -> tuple[ExpertFindings, ...]:
     """Return the findings on each expert of a layer, given its assignments by domain (G, E)."""
     num_experts = counts.shape[1]
-    tried = sum(len(v.words) for v in described.words) * num_experts * described.num_layers
-    by_length = [words_of_experts(v, choices, num_experts, tried=tried, most=64) for v in described.words]
+    tried = sum(len(v.words) for v in (*described.words, described.kinds)) * num_experts * described.num_layers
+    by_length = [
+        words_of_experts(v, choices, num_experts, tried=tried, most=64 if index else len(v.words))
+        for index, v in enumerate(described.words)
+    ]
+    kinds = words_of_experts(described.kinds, choices, num_experts, tried=tried, most=len(KINDS))
     by_token = lifts(described.words[0], choices, num_experts)  # (W, E)
     number = {word[0]: index for index, word in enumerate(described.words[0].words)}
     load, by_domain = counts.sum(0), _domain_lift(counts)
@@ -67,8 +75,13 @@ def describe_experts(
                 tokens=int(load[expert]),
                 share=float(load[expert] / max(1, load.sum())),
                 domain_lift=tuple(by_domain[:, expert].tolist()),
-                words=tuple(_word(word, described) for word in single),
-                ngrams=tuple(_word(word, described) for word in ngrams),
+                kinds=tuple(
+                    _word(kind, KINDS[kind.tokens[0]], ())
+                    for kind in sorted(kinds[expert], key=lambda kind: -kind.count)
+                ),
+                explained=sum(word.count for word in by_length[0][expert]) / max(1, int(load[expert])),
+                words=tuple(_word(word, described.shown.of(word.tokens), word.tokens) for word in single),
+                ngrams=tuple(_word(word, described.shown.of(word.tokens), word.tokens) for word in ngrams),
                 excerpts=_excerpts(described, places, ngrams[:_MOST_EXCERPTS] or single[:_MOST_EXCERPTS]),
                 rows=_typical_rows(described, shares[:, expert], float(load[expert] / max(1, len(choices)))),
             )
@@ -76,10 +89,10 @@ def describe_experts(
     return tuple(found)
 
 
-def _word(word: FoundWord, described: DescribedText) -> Word:
+def _word(word: FoundWord, text: str, tokens: tuple[int, ...]) -> Word:
     return Word(
-        text=described.shown.of(word.tokens),
-        tokens=word.tokens,
+        text=text,
+        tokens=tokens,
         count=word.count,
         occurrences=word.occurrences,
         lift=word.lift,

@@ -16,12 +16,16 @@ _ESCAPES: Final = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 _SPACE: Final = "\u2423"
 
 
+Cell = str | float | int | tuple[str, ...] | None
+"""Of a table; a tuple is several words, each for itself."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageTable:
     """A table: cells that are numbers are right-aligned and sorted as numbers."""
 
     heads: Sequence[str]
-    rows: Sequence[Sequence[str | float | int | None]]
+    rows: Sequence[Sequence[Cell]]
     caption: str = ""
     """Foreign text, as the heads and cells are."""
 
@@ -48,6 +52,12 @@ def foreign(text: str) -> str:
 def quoted(text: str) -> str:
     """Return text of others for an element or between the double quotes of an attribute."""
     return escaped(spelled(text)).replace('"', "&quot;")
+
+
+def chip(word: str, more: str = "", *, tip: str = "") -> str:
+    """Return a word of others in a frame, with a small note after it."""
+    small, title = f" <small>{quoted(more)}</small>" if more else "", f' title="{quoted(tip)}"' if tip else ""
+    return f'<span class="chip"{title}><bdi>{quoted(spelled_token(word))}</bdi>{small}</span>'
 
 
 def figure_number(value: float | int | str | None) -> str:
@@ -104,13 +114,15 @@ def maps(parts: Iterable[str]) -> str:
     return f'<div class="maps">\n{body}</div>\n' if body else ""
 
 
-def _head(head: str, column: Sequence[str | float | int | None]) -> str:
+def _head(head: str, column: Sequence[Cell]) -> str:
     """Return the head of a column, above its numbers."""
-    style = "" if any(isinstance(value, str) for value in column) else ' class="number"'
+    style = "" if any(isinstance(value, str | tuple) for value in column) else ' class="number"'
     return f'<th scope="col"{style}>{quoted(head)}</th>'
 
 
-def _cell(value: str | float | int | None) -> str:
+def _cell(value: Cell) -> str:
+    if isinstance(value, tuple):
+        return f"<td>{''.join(map(chip, value))}</td>"
     if isinstance(value, str):
         return f"<td>{quoted(value)}</td>"
     if value is None:

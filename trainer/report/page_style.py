@@ -34,6 +34,8 @@ figure, .card {
 .grid > figure, .maps > figure, .grid > .card { margin: 0 }
 .maps { display: flex; flex-wrap: wrap; gap: 14px; margin-bottom: 14px }
 .maps > figure { max-width: 100% }
+.maps figcaption { width: 0; min-width: 100% }
+.maps figcaption .note { display: block }
 .bars { max-width: 560px }
 .card > h3 { margin-top: 0 }
 .card .note { font-size: .87rem; margin-bottom: 4px }

@@ -108,6 +108,10 @@ class ExpertFindings:
     """Of all assignments in the layer; 1 / E if balanced."""
     domain_lift: tuple[float, ...]
     """(G,) p(expert | domain) / mean over domains of it: 1 if it has no preference; 0 for a dead expert."""
+    kinds: tuple[Word, ...]
+    """Kinds of token that it sees more often than chance allows, such as `number`; most frequent first."""
+    explained: float
+    """Share of its tokens that are among its words, those beyond `words` too: 0 where single tokens tell nothing."""
     words: tuple[Word, ...]
     ngrams: tuple[Word, ...]
     excerpts: tuple[Excerpt, ...]

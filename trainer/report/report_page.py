@@ -67,10 +67,14 @@ def report_html(data: Sequence[ReportData], runs: Sequence[RecordedRun]) -> str:
 def _words(names: Sequence[str], data: Sequence[ReportData]) -> str:
     """Return the section of what experts are for, whose length is limited."""
     room = _WORD_BYTES // max(1, len(data))
-    bodies = [expert_words(one.layers, one.text.domains if one.text else (), most_bytes=room) for one in data]
+    bodies = []
+    for one in data:
+        domains, num_tokens = (one.text.domains, one.text.tokens) if one.text else ((), 0)
+        bodies.append(expert_words(one.layers, domains, num_tokens=num_tokens, most_bytes=room))
     note = (
-        "Tokens and n-grams that the expert sees more often than chance gives it, times chance, most certain first; "
-        "then passages around them, with the routed token marked. \u2423 is a space."
+        "Words, n-grams and kinds of token that choose the expert more often than chance explains, most certain first. "
+        "A percent is the share of a word's occurrences that chose it, which by chance is its percent of all tokens; "
+        "domains are times their mean. In passages the token that was routed is marked; \u2423 is a space."
     )
     return _beside(names, "words", "What each expert is for", note, bodies)
 

@@ -14,6 +14,8 @@ from trainer.report.markup import PageTable, figure, figure_number, grid, maps, 
 from trainer.report.report_data import LayerFindings, Matrix, ReportData
 
 _MOST_FLOWS: Final = 12
+_ALIEN: Final = 0.05
+"""Cosine below which weights have nothing in common."""
 MOST_SIMILAR: Final = 32
 """Experts of a layer whose pairs are drawn as a matrix; of more, the JSON has it."""
 
@@ -31,7 +33,7 @@ def load_map(data: ReportData) -> str:
         scale="even_share",
         corner="expert",
     )
-    heads = ["layer", "load imbalance", "router entropy, nats", "dead experts", "duplicates"]
+    heads = ["layer", "load imbalance", f"router entropy (at most {math.log(most):.3g})", "dead experts", "duplicates"]
     rows = [
         [
             layer.layer,
@@ -42,8 +44,8 @@ def load_map(data: ReportData) -> str:
         ]
         for layer in data.layers
     ]
-    legend = f'<p class="note">Percent of the assignments of a layer; {EVEN_SHARE}.</p>'
-    return legend + heat_chart(heat) + table(PageTable(heads=heads, rows=rows))
+    legend = f'<p class="note">Percent of the assignments of a layer; {EVEN_SHARE}. Entropy is in nats per token.</p>'
+    return legend + maps([heat_chart(heat), figure("of each layer", table(PageTable(heads=heads, rows=rows)))])
 
 
 def domain_maps(data: ReportData) -> str:
@@ -63,7 +65,7 @@ def domain_maps(data: ReportData) -> str:
             ],
             scale="even_share",
             corner="expert",
-            note=f"expert and domain share {figure_number(layer.mutual_information)} of {figure_number(bound)} bits",
+            note=f"expert and domain share {layer.mutual_information:.3g} of {bound:.3g} bits",
         )
         parts.append(heat_chart(heat))
     return maps(parts)
@@ -80,6 +82,7 @@ def flow_figures(data: ReportData) -> str:
     if not data.flows:
         return ""
     parts = []
+    bits = "; ".join(f"{flow.layer} and {flow.next_layer}: {flow.mutual_information:.3g}" for flow in data.flows)
     if all(len(flow.counts) <= MOST_BANDED and len(flow.counts[0]) <= MOST_BANDED for flow in data.flows):
         parts.append(flow_chart(data.flows))
     rows = [
@@ -89,23 +92,28 @@ def flow_figures(data: ReportData) -> str:
             target,
             round(100 * share, 2),
             round(lift, 3),
-            flow.mutual_information,
         ]
         for flow in data.flows
         for source, target, share, lift in strongest_flows(flow, max(1, _MOST_FLOWS // len(data.flows)))
     ]
-    heads = ["layers", "from expert", "to expert", "% of the sender's", "times chance", "bits the layers share"]
-    return "".join([*parts, figure("strongest flows", table(PageTable(heads=heads, rows=rows)))])
+    heads = ["layers", "from expert", "to expert", "% of the sender's", "times chance"]
+    shared = f'<p class="note">Bits that the experts of two layers share: {bits}.</p>'
+    return shared + maps([*parts, figure("strongest flows", table(PageTable(heads=heads, rows=rows)))])
 
 
 def similarity_maps(data: ReportData) -> str:
     """Return how alike the experts of a layer are, by their weights and by their outputs."""
-    charted = []
+    charted, alien = [], []
     for layer in data.layers:
-        charted.append(_square(layer, layer.weight_similarity, "signed", "weights"))
+        if layer.weight_similarity is not None and _highest(layer.weight_similarity) < _ALIEN:
+            alien.append(str(layer.layer))  # as of most experts that were made at random
+        else:
+            charted.append(_square(layer, layer.weight_similarity, "signed", "weights"))
         charted.append(_square(layer, layer.output_similarity, "signed", "outputs"))
     body = maps(charted)
-    return f'<p class="note">Cosines in {SIGNED}.</p>{body}' if body else ""
+    layers = f"layer{'s' * (len(alien) > 1)} {', '.join(alien)}"
+    unlike = f" Weights of no two experts of {layers} have one of {_ALIEN:g} or more." if alien else ""
+    return f'<p class="note">Cosines in {SIGNED}.{unlike}</p>{body}' if data.layers else ""
 
 
 def drop_figures(data: ReportData) -> str:
@@ -143,7 +151,7 @@ def checkpoint_curves(data: ReportData) -> str:
         _by_layer(data, "load imbalance", "times the mean", [c.load_imbalance for c in checkpoints]),
         curve_chart(
             "held-out loss",
-            [Curve(name="loss", steps=steps, values=[c.loss for c in checkpoints])],
+            [Curve(name="", steps=steps, values=[c.loss for c in checkpoints])],
             unit="nats per token",
         ),
     ]
@@ -167,6 +175,11 @@ def _square(layer: LayerFindings, matrix: Matrix | None, scale: HeatScale, what:
     names = [str(expert) for expert in range(len(matrix))]
     values = [[None if e == f else value for f, value in enumerate(row)] for e, row in enumerate(matrix)]
     return heat_chart(HeatMap(title=title, rows=names, columns=names, values=values, scale=scale, corner="expert"))
+
+
+def _highest(matrix: Matrix) -> float:
+    """Return the highest absolute value off the diagonal."""
+    return max((abs(value) for e, row in enumerate(matrix) for f, value in enumerate(row) if e != f), default=0.0)
 
 
 def _by_layer(data: ReportData, title: str, unit: str, values: Sequence[Sequence[float]]) -> str:

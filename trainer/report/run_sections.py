@@ -99,7 +99,9 @@ def alarm_section(logs: Sequence[RunLogs]) -> str:
         parts.append('<p class="fine">None rang.</p>')
     whose = f": {', '.join(log.name for log in unwatched)}" if len(logs) > 1 else ""
     if unwatched:
-        parts.append(f'<p class="note">Nobody watched, or nothing is logged yet{quoted(whose)}.</p>')
+        parts.append(
+            f'<p class="note">None was watched for (metrics.alarms), or nothing is logged yet{quoted(whose)}.</p>'
+        )
     return section("alarms", "Alarms", "What the run warned of while it trained (alarms.jsonl).", parts)
 
 

@@ -24,6 +24,17 @@ class TokenText:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._known = tokenizer, {i: n.encode() for n, i in tokenizer.special_tokens().items()}
         self._known.setdefault(tokenizer.end_of_document, _END)
+        self._special = frozenset(self._known)
+
+    def is_special(self, token: int) -> bool:
+        """Return whether a token stands for no text, as the end of a document."""
+        return token in self._special
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of a token, those of a special one being its name."""
+        if token not in self._known:
+            self._known[token] = self._tokenizer.decode([token])
+        return self._known[token]
 
     def of(self, tokens: Iterable[int]) -> str:
         """Return the text of tokens; parts of characters at its ends stay, as escapes."""
@@ -55,12 +66,7 @@ class TokenText:
         )
 
     def _bytes(self, tokens: Iterable[int]) -> bytes:
-        return b"".join(self._of_id(int(token)) for token in tokens)
-
-    def _of_id(self, token: int) -> bytes:
-        if token not in self._known:
-            self._known[token] = self._tokenizer.decode([token])
-        return self._known[token]
+        return b"".join(self.bytes_of(int(token)) for token in tokens)
 
 
 def escaped_text(text: bytes) -> str:

@@ -111,18 +111,19 @@ def test_measured_numbers_are_on_the_page(page: str) -> None:
     assert data.text is not None
     numbers = [*data.text.domain_loss]
     numbers += [value for layer in data.layers for value in (layer.load_imbalance, layer.router_entropy)]
-    numbers += [flow.mutual_information for flow in data.flows]
     for number in numbers:
         assert f'data-value="{number!r}"' in page
     for layer in data.layers:
-        assert f"expert and domain share {figure_number(layer.mutual_information)} of 1.585 bits" in page
+        assert f"expert and domain share {layer.mutual_information:.3g} of 1.58 bits" in page
         assert all(f'title="{100 * load:.2f}"' in page for load in layer.load)
         assert layer.coactivation is not None
         assert f'title="{100 * layer.coactivation[0][1]:.2f}"' in page
+    assert all(f"{flow.layer} and {flow.next_layer}: {flow.mutual_information:.3g}" in page for flow in data.flows)
     for number in (*data.checkpoints[0].saturation, *data.checkpoints[1].load_imbalance):
         assert f"{number:.5g}" in page
     for expert in data.layers[1].experts:
-        assert all(f"{round(word.lift, 1):.5g}x" in page for word in expert.words)
+        assert all(f"{word.count} of {word.occurrences}; lift {word.lift:.3g}" in page for word in expert.words)
+        assert "44 %" in page  # 40 of 90
 
 
 def test_an_alarm_that_ended_keeps_its_cure(tmp_path: Path) -> None:
@@ -204,9 +205,9 @@ def test_a_large_model_has_a_page_of_less_than_2_mb(experts: int, layers: int, t
     assert len(page.encode()) < MOST_BYTES
     tree = _parsed(page)
     found = {element.get("id"): element for element in tree.iter("section")}
-    headings = ["".join(heading.itertext()) for heading in found["words"].iter("h3")]
-    assert [one for one in headings if one.startswith("layer")] == [f"layer {index}" for index in range(layers)]
-    shown = sum(one.startswith("expert 0:") for one in headings)
+    folded = ["".join(summary.itertext()).split(":")[0] for summary in found["words"].iter("summary")]
+    assert folded == [f"layer {index}" for index in range(layers)]
+    shown = sum("".join(heading.itertext()).startswith("expert 0 ") for heading in found["words"].iter("h3"))
     assert shown == layers and "Shortened to keep the page small" in page
     assert ("more experts are only in the JSON" in page) == (experts > 12)
     assert ("routing.jsonl has it" in page) == (experts > 12)
