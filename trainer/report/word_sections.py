@@ -9,7 +9,7 @@ from trainer.report.markup import PageTable, chip, details, foreign, quoted, spe
 from trainer.report.report_data import Excerpt, ExpertFindings, LayerFindings, Word
 
 _MOST_LINES: Final = 64
-_MOST_WORDS: Final = 6  # of a line
+_MOST_WORDS, _MOST_NGRAMS = 6, 4  # of a line
 _CLEARLY: Final = 1.25  # times the mean
 _CUT, _LONGEST_WORD = 50, 20  # characters of a passage that is probably cut; of a word that is left out there
 _MOST_CHARACTERS: Final = 240  # of a passage on each side, and of a row
@@ -71,13 +71,13 @@ def _digest(layers: Sequence[LayerFindings], domains: Sequence[str], num_tokens:
             expert.expert,
             round(100 * expert.tokens / max(1, num_tokens), 1),
             ", ".join(f"{name} {lift:.2f}x" for name, lift in _preferred(expert, domains)),
-            ", ".join(kind.text for kind in expert.kinds[:3]),
-            tuple(word.text for word in expert.words[:_MOST_WORDS]),
+            ", ".join(f"{kind.text} {100 * kind.count / max(1, kind.occurrences):.0f} %" for kind in expert.kinds[:3]),
+            tuple(word.text for word in (*expert.words[:_MOST_WORDS], *expert.ngrams[:_MOST_NGRAMS])),
             round(100 * expert.explained),
         ]
         for layer, expert in experts
     ]
-    heads = ["layer", "expert", "% of tokens", "domains", "kinds of token", "words", "% its words"]
+    heads = ["layer", "expert", "% of tokens", "domains", "kinds of token", "words and n-grams", "% its words"]
     caption = f"the {len(experts)} most specialised experts" if is_part else "in a line each"
     return table(PageTable(heads=heads, rows=rows, caption=caption))
 
