@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainer.console.svg import circle, line, text, text_width
+from trainer.console.ticks import nice_ticks
 
-_TICKS = 5
 LINE_HEIGHT = 14
 """Least distance between two names, in pixels."""
 
@@ -52,15 +52,17 @@ class Scatter:
         low_y, high_y = _axis(ends)
         left, top, bottom, end = self.left, self.top, self.bottom, self.left + self.width
         body = [text(end, bottom + 42, self.x_title, "quiet end")] if self.x_title else []
-        for tick in range(_TICKS + 1):
-            x, y = left + self.width * tick / _TICKS, top + (bottom - top) * tick / _TICKS
-            body += [line(x, top, x, bottom, "grid"), line(left, y, end, y, "grid")]
-            body.append(text(x, bottom + 18, x_label(low_x + (high_x - low_x) * tick / _TICKS), "quiet middle"))
-            body.append(text(left - 8, y + 4, y_label(high_y + (low_y - high_y) * tick / _TICKS), "quiet end"))
+        body += [line(left, top, left, bottom, "axis"), line(left, bottom, end, bottom, "axis")]
+        scale_x, scale = self.width / (high_x - low_x), (bottom - top) / (high_y - low_y)
+        for value in nice_ticks(low_x, high_x, 6):
+            x = left + (value - low_x) * scale_x
+            body += [line(x, top, x, bottom, "grid"), text(x, bottom + 18, x_label(value), "quiet middle")]
+        for value in nice_ticks(low_y, high_y, 8):
+            y = top + (high_y - value) * scale
+            body += [line(left, y, end, y, "grid"), text(left - 8, y + 4, y_label(value), "quiet end")]
         circles, label_y = [], top - LINE_HEIGHT / 2
-        scale = (bottom - top) / (high_y - low_y)
         for number, point in enumerate(sorted(self.points, key=lambda point: -point.y)):
-            x, y = left + self.width * (point.x - low_x) / (high_x - low_x), top + (high_y - point.y) * scale
+            x, y = left + (point.x - low_x) * scale_x, top + (high_y - point.y) * scale
             if point.error:
                 body.append(line(x, y - point.error * scale, x, y + point.error * scale, "axis"))
             circles.append(circle(x, y, point.style, tooltip=point.tooltip))

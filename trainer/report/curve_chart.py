@@ -7,6 +7,7 @@ from typing import Final
 
 from trainer.console.formatting import rate
 from trainer.console.svg import line, text
+from trainer.console.ticks import nice_ticks
 from trainer.report.markup import PageTable, details, figure, figure_number, foreign, quoted, spelled, table
 
 _WIDTH: Final = 400
@@ -100,17 +101,6 @@ def _cells(bars: Sequence[Sequence[float]], part: int) -> Iterator[float]:
     for values in bars:
         yield values[part]
         yield round(100 * values[part] / (math.fsum(values) or 1), 1)
-
-
-def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return round values between two, at most `most` + 1 of them."""
-    span = high - low
-    if span < 1e-300 or not math.isfinite(span):
-        return [low]
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= span * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _axes(curves: Sequence[Curve], floor: float | None) -> _Axes:

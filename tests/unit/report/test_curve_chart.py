@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trainer.report.curve_chart import MOST_POINTS, Curve, curve_chart, nice_ticks, share_bars
+from trainer.report.curve_chart import MOST_POINTS, Curve, curve_chart, share_bars
 
 
 def _points(drawn: str) -> list[tuple[float, float]]:
@@ -55,14 +55,6 @@ def test_the_folded_table_has_the_last_value_of_every_curve() -> None:
     drawn = curve_chart("x", curves)
     for words in ('data-value="398"', 'data-value="1.5"', 'data-value="7"', 'data-value="6.5"'):
         assert words in drawn
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (1.86, 5.58), (-0.02, 0.013), (0, 160), (3, 3), (1e-9, 2e9)])
-def test_ticks_are_round_and_within_their_range(low: float, high: float) -> None:
-    ticks = nice_ticks(low, high)
-    assert 1 <= len(ticks) <= 6
-    assert all(low - 1e-9 * abs(high) <= tick <= high * (1 + 1e-9) for tick in ticks)
-    assert high == low or len(ticks) >= 2
 
 
 def test_bars_are_as_long_as_their_values() -> None:
