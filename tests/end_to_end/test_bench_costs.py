@@ -148,6 +148,7 @@ def test_scaling_compares_ranks_with_threads_and_deepspeed(workplace: Path) -> N
     assert list(entries) == [
         "turnout, one process of 2 threads",
         "turnout, 2 ranks",
+        "turnout, 2 processes that exchange nothing",
         "turnout, DeepSpeed engine, ZeRO 1",
         "turnout, DeepSpeed engine, ZeRO 2",
         "DeepSpeed's own MoE, ZeRO 1",
@@ -155,6 +156,7 @@ def test_scaling_compares_ranks_with_threads_and_deepspeed(workplace: Path) -> N
     alone, together = list(entries.values())[:2]
     assert (alone["threads"], together["threads"]) == (2, 1)
     assert together["over_ours"] is not None and together["row_bytes_per_token"] > 0
+    assert "row_bytes_per_token" not in entries["turnout, 2 processes that exchange nothing"]
     assert all(len(entry["seconds"]) == 1 for entry in entries.values())
 
 

@@ -84,3 +84,17 @@ def test_so_does_one_with_windows_sinks_and_capped_scores() -> None:
     engines = (_engine(True, is_compiled=is_compiled, fields=fields) for is_compiled in (False, True))
     eager, compiled = map(_curve, engines)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
+
+
+def test_compiled_attention_keeps_no_softmax_weights() -> None:
+    engine = _engine(False, is_compiled=True, fields={"num_layers": 1})
+    sizes = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        engine.train_step([make_batch(ROWS, SEQ_LEN, seed=0)], lr=0.0)
+    weights_of_a_block = ROWS * engine.model.config.num_heads * 64 * 64
+    assert max(sizes) < weights_of_a_block, "of the first 64 queries"

@@ -19,6 +19,7 @@ from trainer.ops.block_attention import flex, suits_blocks
 from trainer.ops.expert_ffn import activate
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.expert_placement import ExpertPlacement, named_placement
+from trainer.parallel.memory_budget import inductor_within_budget
 from trainer.parallel.shards import local, shard_index
 
 
@@ -113,7 +114,10 @@ def compile_glue(model: GPT) -> None:
         if isinstance(module, FeedForward):
             module.activate = activation
     for block in cast(Iterable[Block], model.blocks):
-        block.compiled_attend = torch.compile(block.attend, dynamic=False)
+        # Only attention in blocks keeps softmax weights; other kernels' graphs are left as they are.
+        is_blocked = block.attention.core_attention is blocked_attention
+        backend = inductor_within_budget if is_blocked else "inductor"
+        block.compiled_attend = torch.compile(block.attend, dynamic=False, backend=backend)
     model.compiled_norm = torch.compile(model.norm, dynamic=False)
     for moe in model.moe_layers():
         moe.experts.is_compiled = True

@@ -9,7 +9,7 @@ from trainer.lab.costs.bench_step import Planned, compete, step_settings, step_t
 from trainer.lab.costs.cost_options import CostOptions, moe_of
 from trainer.lab.costs.cost_report import report_costs
 from trainer.lab.costs.deepspeed_peer import build_deepspeed_step, why_not_deepspeed
-from trainer.lab.costs.step_entries import build_our_step
+from trainer.lab.costs.step_entries import build_our_step, build_step_apart
 from trainer.lab.costs.teams import TeamPlan
 
 
@@ -33,6 +33,11 @@ def _over_ranks(config: ExperimentConfig, num_ranks: int, *, with_peers: bool) -
         TeamPlan(build=build_our_step, arguments=(alone,), threads=num_ranks),
     )
     yield f"turnout, {num_ranks} ranks", TeamPlan(build=build_our_step, arguments=(together,), **ranks)
+    # As many rows and assignments for each process: the least that ranks could take on this machine.
+    is_enough = moe_of(config).num_experts // num_ranks >= moe_of(config).experts_per_token
+    apart = TeamPlan(build=build_step_apart, arguments=(alone,), **ranks)
+    reason = f"{num_ranks} ranks have fewer experts each than a token needs"
+    yield f"turnout, {num_ranks} processes that exchange nothing", apart if is_enough else reason
     if not with_peers:
         return
     reason = why_not_deepspeed(config)

@@ -95,17 +95,20 @@ class OurStep:
     def facts(self) -> dict[str, Any]:
         """Return sizes, the bytes saved by a micro-batch, the peak of a step, what it sent, and its waits."""
         size = model_size(self.model)
+        self.prepare(_FACT_TURN)
+        # Before anything is counted: after a step under a dispatch mode torch no longer runs compiled code.
+        peak = peak_bytes(self.run, self.device)
         facts: dict[str, Any] = {
             "parameters": size.total_parameters,
             "active_parameters": size.active_parameters,
             "kernel": self.config.parallel.experts_kernel,
             "threads": torch.get_num_threads(),
             "saved_bytes_per_token": _saved_per_token(self),
+            "peak_bytes": peak,
         }
         self.prepare(_FACT_TURN)
         with MessageCounter(self.config.model.d_model) as counter:
             self.run()
-        facts["peak_bytes"] = peak_bytes(self.run, self.device)
         if self.mesh.world.size > 1:
             facts |= counter.sent.facts(sum(batch.tokens.numel() for batch in self.batches))
         self.prepare(_FACT_TURN)
@@ -213,6 +216,19 @@ def build_our_step(
 ) -> Mapping[str, Entry]:
     """Return our step, for a team."""
     return {"step": OurStep(config, mesh, device, given)}
+
+
+def build_step_apart(mesh: Mesh, device: torch.device, config: ExperimentConfig) -> Mapping[str, Entry]:
+    """Return a rank's part of our step, for a team whose ranks exchange nothing: its rows, over its experts alone."""
+    moe, train = moe_of(config), config.train
+    experts = moe.model_copy(update={"num_experts": moe.num_experts // mesh.world.size})
+    part = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"moe": experts}),
+            "train": train.model_copy(update={"global_batch_size": train.global_batch_size // mesh.world.size}),
+        }
+    )
+    return {"step": OurStep(part, Mesh.of_one(), device)}
 
 
 def build_mixtral_step(

@@ -10,7 +10,14 @@ from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
 from trainer.lab.costs.deepspeed_peer import why_not_deepspeed
-from trainer.lab.costs.step_entries import MixtralStep, OurStep, batches_of, dense_twin, logits_for
+from trainer.lab.costs.step_entries import (
+    MixtralStep,
+    OurStep,
+    batches_of,
+    build_step_apart,
+    dense_twin,
+    logits_for,
+)
 from trainer.lab.costs.transformers_peer import why_not_mixtral
 from trainer.models.flops import model_size
 
@@ -53,6 +60,16 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(size: int) -> No
         rows += [batch.sample_id[:, :1] + 1000 * batch.tokens for batch in batches]
     expected = torch.cat([batch.sample_id[:, :1] + 1000 * batch.tokens for batch in whole])
     assert torch.equal(torch.cat(rows), expected)
+
+
+def test_a_rank_that_exchanges_nothing_has_its_part_of_rows_and_experts() -> None:
+    mesh = replace(Mesh.of_one(), world=cast(Group, _Rank(1, 2)))
+    step = cast(OurStep, build_step_apart(mesh, CPU, tiny())["step"])
+    step.prepare(0)
+    step.run()
+    assert sum(len(batch.tokens) for batch in step.batches) == 2
+    (moe,) = step.model.moe_layers()
+    assert len(moe.experts.w_in) == 2 and step.mesh.world.size == 1
 
 
 @pytest.mark.parametrize("shared", [0, 1])

@@ -1,0 +1,22 @@
+"""A limit on what compiled code keeps for the backward pass."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+BUDGET = 0.5
+"""Share of what torch.compile keeps by default: without the softmax weights of attention in blocks, which are most of
+it. Measured in docs/benchmarks.md."""
+
+
+def inductor_within_budget(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compile a graph by torch's own compiler, which computes what is over the budget again; a `backend` of it.
+
+    What is cheapest to compute for its size goes first.
+    """
+    from torch._functorch import config  # takes a second with what it imports
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(activation_memory_budget=BUDGET):
+        return compile_fx(graph, inputs)
