@@ -91,13 +91,13 @@ def lines_of(name: str, path: Path, before: Path | None) -> Iterator[Line]:
 def _counts(name: str, case: dict[str, Any]) -> Iterator[Line]:
     """Yield the goals that need no clock."""
     for entry in case["entries"]:
-        if "turnout" not in entry["contender"]:
+        if "turnout" not in entry["contender"] or "saved_bytes_per_token" not in entry:  # another library, or it cannot run
             continue
         what = f"{entry['contender']}, {case['dtype']}, {case.get('ranks', 1)} ranks"
         if name == "kept":
             kept = entry["saved_bytes_per_token"] / entry["least_saved_bytes_per_token"]
             yield Line(f"bytes kept over X and H: {what}", kept, 1.15)
-        else:
+        elif "deduplicated" in entry["contender"]:
             sent = entry["row_bytes_per_token"] / entry["least_row_bytes_per_token"]
             yield Line(f"bytes of rows sent over the fewest, {entry['routing']}: {what}", sent, 1.0)
 
