@@ -91,7 +91,7 @@ def lines_of(name: str, path: Path, before: Path | None) -> Iterator[Line]:
 def _counts(name: str, case: dict[str, Any]) -> Iterator[Line]:
     """Yield the goals that need no clock."""
     for entry in case["entries"]:
-        if "turnout" not in entry["contender"] or "saved_bytes_per_token" not in entry:  # another library, or it cannot run
+        if "turnout" not in entry["contender"] or "saved_bytes_per_token" not in entry:  # or it cannot run
             continue
         what = f"{entry['contender']}, {case['dtype']}, {case.get('ranks', 1)} ranks"
         if name == "kept":
