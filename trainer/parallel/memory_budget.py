@@ -1,6 +1,6 @@
 """A limit on what compiled code keeps for the backward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -10,8 +10,8 @@ BUDGET = 0.5
 it. Measured in docs/benchmarks.md."""
 
 
-def inductor_within_budget(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Compile a graph by torch's own compiler, which computes what is over the budget again; a `backend` of it.
+def inductor_within_budget(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """Compile a graph by torch's own compiler, a `backend` of `torch.compile`; what is over the budget is computed again.
 
     What is cheapest to compute for its size goes first.
     """
