@@ -11,9 +11,9 @@ it. Measured in docs/benchmarks.md."""
 
 
 def inductor_within_budget(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
-    """Compile a graph by torch's own compiler, a `backend` of `torch.compile`; what is over the budget is computed again.
+    """Compile a graph by torch's own compiler, as a `backend` of `torch.compile`.
 
-    What is cheapest to compute for its size goes first.
+    What is over the budget is computed again in the backward pass, the cheapest for its size first.
     """
     from torch._functorch import config  # takes a second with what it imports
     from torch._inductor.compile_fx import compile_fx
