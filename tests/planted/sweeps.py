@@ -47,4 +47,32 @@ FAULTS = [
         "",
         "sweep/test_run_sweep.py",
     ),
+    _fault(
+        "the best at the end of a grid goes unsaid where there is more to try",
+        "sweep/grid_ends.py",
+        "if _is_allowed(sweep, candidate, key, beyond):",
+        "if not _is_allowed(sweep, candidate, key, beyond):",
+        "sweep/test_grid_ends.py",
+    ),
+    _fault(
+        "every log is read again after each trial",
+        "sweep/run_sweep.py",
+        "        if key not in self._results:\n",
+        "        if True:\n",
+        "sweep/test_run_sweep.py",
+    ),
+    _fault(
+        "the seed of a candidate is that of the experiment",
+        "sweep/plan_trials.py",
+        "if seed is not None:\n            own.append(_Override(f\"seed={seed}\"",
+        "if True:\n            own.append(_Override(f\"seed={base.seed if seed is None else seed}\"",
+        "sweep/test_plan_trials.py",
+    ),
+    _fault(
+        "the time of a training is that of its logged steps",
+        "runs/run_figures.py",
+        "mean * max(0, record[\"step\"] - before)",
+        "mean",
+        "runs/test_run_figures.py",
+    ),
 ]

@@ -16,8 +16,8 @@ from trainer.errors import ResourceError
 _WIDTH = 200  # table width in a pipe or file: nothing is truncated there
 
 
-def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
-    """Write a picture, or a result as JSON.
+def write_result(path: Path, content: str | Mapping[str, Any], *, advice: str = "name another file") -> None:
+    """Write a picture, or a result as JSON; `advice` is what to do if it cannot be written.
 
     Raises:
         ResourceError: if the disk refuses.
@@ -29,7 +29,7 @@ def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
         else:
             replace_file(path, text)
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error.strerror}; name another file") from None
+        raise ResourceError(f"{path}: cannot be written: {error.strerror}; {advice}") from None
 
 
 def result_screen() -> Console:

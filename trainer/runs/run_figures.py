@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -79,7 +80,7 @@ def figures_of(log: RecordedLog) -> RunFigures:
         bits_per_byte=log.newest("eval/bits_per_byte"),
         eval_step=evaluated[-1] if evaluated else None,
         tokens_per_s=_median(log, "tokens_per_s"),
-        train_s=_train_s(log),
+        train_s=train_seconds(log.records) or None,
         drop_rate=late_mean(log, "drop_rate"),
         load_imbalance=late_mean(log, "load_imbalance"),
     )
@@ -97,12 +98,11 @@ def _median(log: RecordedLog, key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _train_s(log: RecordedLog) -> float | None:
-    """Return the seconds of all logged steps: each record has the speed since the one before it."""
-    seconds, before = 0.0, 0.0
-    for record in log.records:
-        tokens, speed = finite(record, "tokens"), finite(record, "tokens_per_s")
-        if tokens is not None and speed is not None and speed > 0:
-            seconds += max(0.0, tokens - before) / speed
-            before = tokens
-    return seconds if seconds > 0 and math.isfinite(seconds) else None
+def train_seconds(records: Iterable[Mapping[str, Any]]) -> float:
+    """Return the seconds of all steps of a log, of all starts of the run: each record has the mean since the last."""
+    seconds, before = 0.0, 0
+    for record in records:
+        mean = finite(record, "step_s")
+        if mean is not None and mean > 0:
+            seconds, before = seconds + mean * max(0, record["step"] - before), record["step"]
+    return seconds if math.isfinite(seconds) else 0.0

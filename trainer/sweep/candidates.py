@@ -35,7 +35,7 @@ def candidates(sweep: SweepConfig) -> list[Candidate]:
     """Return the candidates of a sweep, each with a name of its own.
 
     Raises:
-        ConfigError: if two have one name, a name is no name of a folder, or they are too many.
+        ConfigError: if two have one name or the same values, a name is no name of a folder, or they are too many.
     """
     method = sweep.method
     draws = method.draws if isinstance(method, RandomConfig | HalvingConfig) else None
@@ -52,6 +52,8 @@ def candidates(sweep: SweepConfig) -> list[Candidate]:
         found.append(Candidate(name=name, changes=changes, places={key: ("points", index, key) for key in changes}))
     if twice := repeated(one.name for one in found):
         raise ConfigError(f"points: two candidates are called {twice[0]}; give one of them another name")
+    if draws is None and (same := repeated(inline(dict(one.changes)) for one in found)):
+        raise ConfigError(f"over: two candidates are both {same[0]}; list each once, and use `seeds` to repeat it")
     return found
 
 

@@ -1,7 +1,7 @@
 """Plan the trials of a sweep: every config is loaded and checked before the first one starts. Imports no torch."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.router_trainings import check_trained_alike
 from trainer.sweep.candidates import Candidate, candidates
+from trainer.sweep.dotted_keys import with_dotted_keys
 from trainer.sweep.sweep_config import HalvingConfig, SweepConfig
 
-_OF_OVERRIDE = re.compile(r"<override (\d+)>(?=: )")
+_OF_OVERRIDE = re.compile(r"^<override (\d+)>(?=: |$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,11 @@ class Trial:
     def name(self) -> str:
         """Name of its run."""
         return self.config.name
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return self.config.train.steps
 
     @property
     def folder(self) -> RunFolder:
@@ -72,22 +78,36 @@ def plan_sweep(path: Path, overrides: Sequence[str], *, slots: int | None = None
         ConfigError: with every problem at its place; of a trial, with its name. Also if a folder was trained with
             another config.
     """
-    of_sweep = [text for text in overrides if text.partition("=")[0].partition(".")[0] in SweepConfig.model_fields]
-    of_sweep += [] if slots is None else [f"slots={slots}"]
+    named = [_Override(text, f"<override {number}>") for number, text in enumerate(overrides, 1)]
+    of_sweep = [one for one in named if one.text.partition("=")[0].partition(".")[0] in SweepConfig.model_fields]
+    common = [one for one in named if one not in of_sweep]
+    of_sweep += [] if slots is None else [_Override(f"slots={slots}", "--slots")]
     findings: list[Finding] = []
-    tree = read_tree(path, of_sweep, SweepConfig, findings)
-    config = validate(tree, SweepConfig, findings)
-    common = [_Override(text, f"<override {number}>") for number, text in enumerate(overrides, 1)]
-    common = [one for one in common if one.text not in of_sweep]
-    written = [_written(tree, ("common", key), key, value) for key, value in config.common.items()]
-    return _Plan(path, tree, config, [*written, *common]).sweep()
+    try:
+        tree = with_dotted_keys(read_tree(path, [one.text for one in of_sweep], SweepConfig, findings))
+        config = validate(tree, SweepConfig, findings)
+    except ConfigError as error:
+        raise ConfigError(_at_their_places(str(error), of_sweep)) from None
+    plan = _Plan(path, tree, config, of_sweep, common)
+    return plan.sweep()
+
+
+def _at_their_places(message: str, changes: Sequence[_Override]) -> str:
+    """Return a message that says of each override where it was written, not its number among `changes`."""
+    places = [_OF_OVERRIDE.sub(lambda found: changes[int(found[1]) - 1].place, line) for line in message.splitlines()]
+    return "\n".join(dict.fromkeys(places))
 
 
 class _Plan:
     """Loads the trials of a sweep file."""
 
-    def __init__(self, path: Path, tree: Node, config: SweepConfig, common: Sequence[_Override]) -> None:
-        self._tree, self._config, self._common = tree, config, common
+    def __init__(
+        self, path: Path, tree: Node, config: SweepConfig, of_sweep: Sequence[_Override], common: Sequence[_Override]
+    ) -> None:
+        """Take the overrides of the sweep, which are in `tree` already, and those of the experiment."""
+        self._tree, self._config, self._of_sweep = tree, config, of_sweep
+        written = [self._written(("common", key), key, value) for key, value in config.common.items()]
+        self._common = [*written, *common]
         self._experiment = path.parent / config.config
 
     def sweep(self) -> Sweep:
@@ -101,68 +121,72 @@ class _Plan:
             raise ConfigError(f"{self._tree.place.source}: {error}") from None
         folder = Path(base.runs_dir) / config.name
         for fold in [None] if config.folds is None else range(config.folds):
-            for seed in config.seeds or [base.seed]:
+            for seed in config.seeds or [None]:
                 for candidate in found:
-                    own = self._own(base, folder, candidate, seed, fold)
-                    changes = [
-                        _written(self._tree, where, key, candidate.changes[key])
-                        for key, where in candidate.places.items()
-                    ]
                     try:
-                        trial = self._load([*common, *changes, *own])
-                        check_packages(trial)
-                        if trial.train.early_stopping is not None:
-                            why = "trials would end at different steps, which cannot be compared; use null"
-                            raise ConfigError(f"train.early_stopping: {why}")
-                        parallel = trial.parallel
-                        check_layout(world_size=config.ranks, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
+                        trials.append(self._trial(base, folder, candidate, seed, fold))
                     except ConfigError as error:
                         for line in str(error).splitlines():
                             problems.setdefault(line, candidate.name)
-                        continue
-                    trials.append(Trial(candidate=candidate, seed=seed, fold=fold, config=trial))
         if problems:
             raise ConfigError("\n".join(f"{line} (trial {name})" for line, name in problems.items()))
-        steps = {trial.config.train.steps for trial in trials}
+        steps = {trial.steps for trial in trials}
         if isinstance(config.method, HalvingConfig) and (len(steps) > 1 or min(steps) <= config.method.first_steps):
             given = f"{config.method.first_steps}, and trials have train.steps {', '.join(map(str, sorted(steps)))}"
-            place = self._place(("method", "first_steps"))
+            place = self._place("method", "first_steps")
             raise ConfigError(f"{place}: method.first_steps: {given}; give all the same number, above the first rung")
         for trial in trials:
             check_trained_alike(trial.folder, trial.config, advice="use another name=..., or remove the folder")
         return Sweep(config=config, candidates=found, trials=trials, folder=folder)
 
-    def _own(
-        self, base: ExperimentConfig, folder: Path, candidate: Candidate, seed: int, fold: int | None
-    ) -> Iterator[_Override]:
-        """Yield what distinguishes a trial from other trials of its candidate, and puts it into the sweep's folder."""
-        config = self._config
-        name = "-".join([candidate.name, *([] if fold is None else [f"fold{fold}"]), f"seed{seed}"])
-        yield _Override(f"name={inline(name)}", "name")
-        yield _Override(f"runs_dir={inline(str(folder))}", "runs_dir")
-        yield _Override(f"seed={seed}", "seeds")
+    def _trial(
+        self, base: ExperimentConfig, folder: Path, candidate: Candidate, seed: int | None, fold: int | None
+    ) -> Trial:
+        """Load the config of a trial; a seed of None is the experiment's, or the candidate's.
+
+        Raises:
+            ConfigError: if it is not sound, or would not train to its last step.
+        """
+        changes = [self._written(where, key, candidate.changes[key]) for key, where in candidate.places.items()]
+        shown = candidate.changes.get("seed", base.seed) if seed is None else seed
+        own = self._own(base, folder, f"{candidate.name}{'' if fold is None else f'-fold{fold}'}-seed{shown}")
+        if seed is not None:
+            own.append(_Override(f"seed={seed}", "seeds"))
         if fold is not None:
-            yield _Override(f"data.fold={{index: {fold}, of: {config.folds}}}", str(self._place(("folds",))))
+            own.append(_Override(f"data.fold={{index: {fold}, of: {self._config.folds}}}", self._place("folds")))
+        trial = self._load([*self._common, *changes, *own])
+        check_packages(trial)
+        ends_early = {"early_stopping": trial.train.early_stopping, "stop_after": trial.train.stop_after}
+        for key, value in ends_early.items():
+            if value is not None:
+                why = "trials would end at different steps, which cannot be compared; use null"
+                raise ConfigError(f"train.{key}: {why}")
+        parallel = trial.parallel
+        check_layout(world_size=self._config.ranks, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
+        return Trial(candidate=candidate, seed=trial.seed, fold=fold, config=trial)
+
+    def _own(self, base: ExperimentConfig, folder: Path, name: str) -> list[_Override]:
+        """Return what distinguishes a trial from others, and puts it into the sweep's folder."""
+        own = [_Override(f"name={inline(name)}", "name"), _Override(f"runs_dir={inline(str(folder))}", "runs_dir")]
         if base.metrics.wandb.group is None:
-            yield _Override(f"metrics.wandb.group={config.name}", "name")
+            own.append(_Override(f"metrics.wandb.group={self._config.name}", "name"))
+        return own
 
     def _load(self, changes: Sequence[_Override]) -> ExperimentConfig:
         """Load the experiment; problems of an override are reported where it was written."""
         try:
             return load(self._experiment, [change.text for change in changes], ExperimentConfig)
         except ConfigError as error:
-            text = str(error)
-        lines = [_OF_OVERRIDE.sub(lambda found: changes[int(found[1]) - 1].place, line) for line in text.splitlines()]
+            text = _at_their_places(str(error), changes)
         if not self._experiment.is_file():
-            lines = [f"{self._place(('config',))}: config: {line}" for line in lines]
-        raise ConfigError("\n".join(dict.fromkeys(lines)))
+            text = "\n".join(f"{self._place('config')}: config: {line}" for line in text.splitlines())
+        raise ConfigError(text)
 
-    def _place(self, key: tuple[str | int, ...]) -> Any:
-        return _node_at(self._tree, key).place
+    def _place(self, *key: str | int) -> str:
+        return _at_their_places(str(_node_at(self._tree, key).place), self._of_sweep)
 
-
-def _written(tree: Node, where: tuple[str | int, ...], key: str, value: Any) -> _Override:
-    return _Override(f"{key}={inline(value)}", str(_node_at(tree, where).place))
+    def _written(self, where: tuple[str | int, ...], key: str, value: Any) -> _Override:
+        return _Override(f"{key}={inline(value)}", self._place(*where))
 
 
 def _node_at(tree: Node, key: tuple[str | int, ...]) -> Node:

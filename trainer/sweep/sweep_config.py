@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem, repeated
+from trainer.config.metric_direction import direction_of
 from trainer.config.numbers import Steps, Whole
 from trainer.config.plugins import KindConfig
 
@@ -124,6 +125,11 @@ class SweepConfig(Config):
             yield Problem("points", "there is no candidate; give keys and values in `over`, or points")
         for seed in repeated(self.seeds or []):
             yield Problem("seeds", f"{seed} is there twice; list each seed once")
+        better = direction_of(self.metric)
+        if better is not None and (better == "max") != self.maximize:
+            right = str(better == "max").lower()
+            word = "larger" if better == "max" else "smaller"
+            yield Problem("maximize", f"a {word} {self.metric} is better; use maximize: {right}")
         yield from self._set_twice()
 
     def _set_twice(self) -> Iterator[Problem]:

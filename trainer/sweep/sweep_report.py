@@ -1,7 +1,6 @@
 """Show the outcome of a sweep: a table, sweep.json and a picture. Imports no torch."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from trainer.config.dump import short
@@ -10,7 +9,9 @@ from trainer.console.result_tables import result_screen, result_table, write_res
 from trainer.console.scatter import Point, Scatter
 from trainer.console.style import QUIET
 from trainer.console.svg import MARGIN, document, text
+from trainer.sweep.grid_ends import end_warnings
 from trainer.sweep.outcome import CandidateOutcome, behind, best_of, recommend
+from trainer.sweep.plan_trials import Sweep
 from trainer.sweep.sweep_config import SweepConfig
 
 _COLUMNS = ("mean", "+-", "behind best", "+-", "trials", "steps", "FLOPs", "train s")
@@ -21,8 +22,9 @@ train s  seconds in training steps, while the other slots train too
 *        recommended"""
 
 
-def sweep_record(config: SweepConfig, outcomes: Sequence[CandidateOutcome]) -> dict[str, Any]:
+def sweep_record(sweep: Sweep, outcomes: Sequence[CandidateOutcome]) -> dict[str, Any]:
     """Return the outcome as JSON values; all but `train_s` are the same however often the sweep was stopped."""
+    config = sweep.config
     chosen, best = recommend(outcomes, maximize=config.maximize), best_of(outcomes, maximize=config.maximize)
     return {
         "name": config.name,
@@ -32,6 +34,7 @@ def sweep_record(config: SweepConfig, outcomes: Sequence[CandidateOutcome]) -> d
         "folds": config.folds,
         "candidates": [_candidate_record(one, best) for one in outcomes],
         "recommended": None if chosen is None else {"name": chosen.name, "reason": chosen.reason},
+        "warnings": end_warnings(sweep, outcomes),
     }
 
 
@@ -62,8 +65,9 @@ def _first(one: CandidateOutcome, key: str) -> Any:
     return next((getattr(result, key) for result in one.results.values()), None)
 
 
-def show_sweep(config: SweepConfig, outcomes: Sequence[CandidateOutcome]) -> None:
-    """Print the table, the failures and the recommendation."""
+def show_sweep(sweep: Sweep, outcomes: Sequence[CandidateOutcome]) -> None:
+    """Print the table, the failures and the recommendation with its warnings."""
+    config = sweep.config
     screen, table = result_screen(), result_table(f"{config.name}: {config.metric}", "candidate", *_COLUMNS)
     chosen, best = recommend(outcomes, maximize=config.maximize), best_of(outcomes, maximize=config.maximize)
     for one in outcomes:
@@ -85,13 +89,20 @@ def show_sweep(config: SweepConfig, outcomes: Sequence[CandidateOutcome]) -> Non
             screen.print(f"failed: {name}: {reason}", soft_wrap=True)
     if chosen is not None:
         screen.print(f"recommended: {chosen.name}: {chosen.reason}", soft_wrap=True)
+    for warning in end_warnings(sweep, outcomes):
+        screen.print(f"warning: {warning}", soft_wrap=True)
 
 
-def write_sweep(folder: Path, config: SweepConfig, outcomes: Sequence[CandidateOutcome]) -> None:
-    """Write sweep.json, and sweep.svg once there is a point to draw."""
-    write_result(folder / "sweep.json", sweep_record(config, outcomes))
+def write_sweep(sweep: Sweep, outcomes: Sequence[CandidateOutcome]) -> None:
+    """Write sweep.json, and sweep.svg once there is a point to draw.
+
+    Raises:
+        ResourceError: if the disk refuses.
+    """
+    advice = "make room, or set runs_dir to another place, and repeat the command"
+    write_result(sweep.folder / "sweep.json", sweep_record(sweep, outcomes), advice=advice)
     if any(one.mean is not None and one.training_flops for one in outcomes):
-        write_result(folder / "sweep.svg", sweep_svg(config, outcomes))
+        write_result(sweep.folder / "sweep.svg", sweep_svg(sweep.config, outcomes), advice=advice)
 
 
 def sweep_svg(config: SweepConfig, outcomes: Sequence[CandidateOutcome]) -> str:

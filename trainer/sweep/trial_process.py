@@ -31,7 +31,7 @@ class TrialProcess:
         Raises:
             ResourceError: if the folder cannot be written.
         """
-        self.is_last = until >= trial.config.train.steps
+        self.is_last = until >= trial.steps
         overrides = [] if self.is_last else [f"train.stop_after={until}"]
         self.trial, self.log = trial, trial.folder.path.with_name(f"{trial.name}.log")
         try:
@@ -91,7 +91,11 @@ def run_trials(
     try:
         while waiting or running:
             while waiting and len(running) < slots and not stop.count:
-                running.append(TrialProcess(waiting.popleft(), until=until, ranks=ranks, threads=threads))
+                trial = waiting.popleft()
+                try:
+                    running.append(TrialProcess(trial, until=until, ranks=ranks, threads=threads))
+                except ResourceError as error:  # those that train go on
+                    yield trial, str(error)
             if stop.count:
                 _stop(running, stop)
                 raise StopRequested(f"stopped by {stop.name}: trials have saved; repeat the command to continue")

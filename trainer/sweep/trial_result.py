@@ -1,12 +1,14 @@
 """Result of a trial, read from its run folder. Imports no torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.errors import DataError
+from trainer.runs.recorded_log import finite
+from trainer.runs.run_figures import train_seconds
 from trainer.sweep.plan_trials import Trial
 from trainer.trackers.jsonl import read_jsonl
 
@@ -26,20 +28,22 @@ class TrialResult:
 
 
 def has_trained(trial: Trial, step: int) -> bool:
-    """Return whether a trial has a checkpoint of a step, or of a later one."""
-    return CheckpointFolder(trial.folder.checkpoints).steps()[-1:] >= [step]
+    """Return whether a trial has a checkpoint of a step, or of its last one if that is earlier, or of a later one."""
+    return CheckpointFolder(trial.folder.checkpoints).steps()[-1:] >= [min(step, trial.steps)]
 
 
 def read_result(trial: Trial, metric: str, step: int) -> TrialResult:
-    """Read the result of a trial that has trained to a step.
+    """Read the result of a trial that has trained to a step, or to its last one if that is earlier.
 
     Raises:
         DataError: if its metrics.jsonl is damaged, or does not have the metric at that step.
     """
-    path = trial.folder.metrics
+    path, step = trial.folder.metrics, min(step, trial.steps)
     records = [record for record in read_jsonl(path) if record["step"] <= step] if path.is_file() else []
     last = [record for record in records if record["step"] == step]
-    values = [record[metric] for record in last if isinstance(record.get(metric), int | float)]
+    values = [value for record in last if (value := finite(record, metric)) is not None]
+    if not values and any(metric in record for record in last):
+        raise DataError(f"{path}: {metric} at step {step} is not a finite number; lower schedule.peak_lr")
     if not values:
         names = sorted({key for record in last for key in record if key.startswith("eval/")})
         known = f"it has {', '.join(names)}" if names else "there was no evaluation"
@@ -49,22 +53,12 @@ def read_result(trial: Trial, metric: str, step: int) -> TrialResult:
     forward, backward = size.get("forward_flops_per_token"), size.get("backward_flops_per_token")
     is_known = tokens is not None and forward is not None and backward is not None
     return TrialResult(
-        value=float(values[-1]),
-        train_s=_train_s(records),
+        value=values[-1],
+        train_s=train_seconds(records),
         training_flops=float(tokens * (forward + backward)) if is_known else None,
         forward_flops_per_token=forward,
         active_parameters=size.get("active_parameters"),
     )
-
-
-def _train_s(records: Sequence[Mapping[str, Any]]) -> float:
-    """Return the seconds of all steps: each record has the mean since the one before it."""
-    seconds, before = 0.0, 0
-    for record in records:
-        if record.get("step_s") is not None:
-            seconds += record["step_s"] * (record["step"] - before)
-            before = record["step"]
-    return seconds
 
 
 def _model_size(trial: Trial) -> Mapping[str, Any]:

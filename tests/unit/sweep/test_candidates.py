@@ -24,11 +24,13 @@ def test_a_grid_has_every_combination_once_and_then_the_points() -> None:
 
 
 def test_values_whose_names_would_be_alike_have_other_names_and_like_keys_their_sections() -> None:
-    over = {"optim.betas": [[0.9, 0.95], [0.9, 0.95]], "a.x": [1], "b.x": [2]}
+    over = {"data.cache_dir": ["a/b", "a b"], "a.x": [1], "b.x": [2]}
     assert [one.name for one in candidates(sweep(over=over))] == [
-        "betas-0.9-0.95_a-x-1_b-x-2",
-        "betas-0.9-0.95_a-x-1_b-x-2-2",
+        "cache_dir-a-b_a-x-1_b-x-2",
+        "cache_dir-a-b_a-x-1_b-x-2-2",
     ]
+    with pytest.raises(ConfigError, match=r"two candidates are both \{a: 1\}; list each once"):
+        candidates(sweep(over={"a": [1]}, points=[{"name": "again", "a": 1}]))
     with pytest.raises(ConfigError, match="two candidates are called one"):
         candidates(sweep(points=[{"name": "one", "seed": 1}, {"name": "one", "seed": 2}]))
     with pytest.raises(ConfigError, match=r"points.0.name: .*/.* is no name of a folder"):

@@ -59,10 +59,11 @@ def test_each_rung_keeps_the_best_by_the_metric_at_its_end(tmp_path: Path, capsy
     here = places(tmp_path)
     left, losses = [f"scale-{scale}" for scale in (0.5, 1.0, 2.0, 4.0)], {}
     for until in (2, 4, 12):
-        stop = [] if until == 12 else [f"train.stop_after={until}"]
-        for trial in plan_sweep(tmp_path / "s.yaml", [*here, *stop]).trials:
+        for trial in plan_sweep(tmp_path / "s.yaml", here).trials:
             if trial.candidate.name in left:
-                train_here(trial.config)
+                stop_after = {"stop_after": None if until == 12 else until}
+                train = trial.config.train.model_copy(update=stop_after)
+                train_here(trial.config.model_copy(update={"train": train}))
                 lines = trial.folder.metrics.read_text().splitlines()
                 losses[trial.candidate.name] = json.loads(lines[-1])["eval/loss"]
         left = sorted(left, key=lambda name: losses[name])[: len(left) // 2] or left

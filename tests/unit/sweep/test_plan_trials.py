@@ -82,3 +82,25 @@ def test_a_trial_that_was_trained_with_another_config_is_refused(tmp_path: Path)
     planned(tmp_path, SWEEP, "metrics.log_every=3", "parallel.micro_batch_size=2", "slots=2")
     [line] = refused(tmp_path, "", "", "train.grad_clip=2.0")
     assert "runs/ks/top_k-1-seed5: was trained with train.grad_clip 1.0, and the config has 2.0" in line
+
+
+def test_seeds_can_be_among_the_keys_that_are_tried(tmp_path: Path) -> None:
+    text = SWEEP.replace("seeds: [5, 6]\n", "").replace("model.moe.router.top_k: [1, 4]", "seed: [3, 4]")
+    found = planned(tmp_path, text, "seed=8").trials
+    assert [trial.seed for trial in found] == [trial.config.seed for trial in found] == [3, 4, 8]
+    assert [trial.name for trial in found] == ["seed-3-seed3", "seed-4-seed4", "dense-seed8"]
+
+
+def test_trials_that_would_end_early_and_a_metric_that_is_better_the_other_way_are_refused(tmp_path: Path) -> None:
+    for key in ("train.stop_after=3", "train.early_stopping={patience: 2}"):
+        assert "trials would end at different steps" in refused(tmp_path, "", "", key)[0]
+    [line] = refused(tmp_path, "seeds:", "metric: eval/sums/acc\nseeds:")
+    assert line.endswith("maximize: a larger eval/sums/acc is better; use maximize: true")
+    assert planned(tmp_path, SWEEP, "metric=eval/sums/acc", "maximize=true").config.maximize
+
+
+def test_an_override_of_the_sweep_is_named_by_its_number_among_all(tmp_path: Path) -> None:
+    [line] = refused(tmp_path, "", "", "train.steps=7", "slots=0")
+    assert line.startswith("<override 3>: slots: ")
+    [line] = refused(tmp_path, "", "", "train.steps=7", "over.model.moe.router.top_k=[5]")
+    assert line.startswith("<override 3>: model.moe.router.top_k: 5 is more than num_experts 4")

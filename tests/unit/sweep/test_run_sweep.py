@@ -1,17 +1,24 @@
 """A sweep goes on wherever it was stopped, and ends with the table of one that was not."""
 
+import errno
 import json
+import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests import imported_once
 from tests.sweep_outcomes import places
 from tests.tiny_training import CONFIG, train_here
+from trainer.atomic_io import replace_file
 from trainer.errors import PREEMPTED
 from trainer.sweep.plan_trials import Trial, plan_sweep
 from trainer.sweep.run_sweep import FAILED, run_sweep
+from trainer.sweep.trial_result import TrialResult, read_result
 
 SWEEP = """\
 name: ks
@@ -57,6 +64,59 @@ def table(folder: Path) -> dict[str, Any]:
         for trial in candidate["trials"]:
             del trial["train_s"]
     return record
+
+
+def test_logs_are_read_once_other_runs_are_named_and_a_full_disk_does_not_end_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trials train in this process, where the sweep would start others."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "s.yaml").write_text(SWEEP)
+    here = [*places(tmp_path), "train.steps=2", "points=[{train.steps: 3}]", "over.model.moe.router.top_k=[1, 2]"]
+    sweep = plan_sweep(tmp_path / "s.yaml", here)
+    (sweep.folder / "older").mkdir(parents=True)
+    (sweep.folder / "older/config.yaml").touch()
+    read, written = list[str](), list[int]()
+
+    def run_trials(trials: Sequence[Trial], **_: object) -> Iterator[tuple[Trial, str | None]]:
+        for trial in trials:
+            train_here(trial.config)
+            yield trial, None
+
+    def read_counted(trial: Trial, metric: str, step: int) -> TrialResult:
+        read.append(trial.name)
+        return read_result(trial, metric, step)
+
+    def write_on_a_full_disk(path: Path, text: str) -> None:
+        written.append(len(written))
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(path, text)
+
+    monkeypatch.setattr("trainer.sweep.run_sweep.run_trials", run_trials)
+    monkeypatch.setattr("trainer.sweep.run_sweep.read_result", read_counted)
+    monkeypatch.setattr("trainer.console.result_tables.replace_file", write_on_a_full_disk)
+    assert run_sweep(sweep) == 0
+    said = capsys.readouterr().out
+    assert sorted(read) == sorted(trial.name for trial in sweep.trials)
+    assert "ks has runs that are no trials of this sweep: older; they are left as they are" in said
+    assert "warning: " in said and "sweep.json: cannot be written: No space left on device; make room" in said
+    ended = [(one["name"], one["steps"], one["is_final"]) for one in table(tmp_path)["candidates"]]
+    assert ended == [("top_k-1", 2, True), ("top_k-2", 2, True), ("steps-3", 3, True)], "each at its own end"
+
+
+def test_trials_that_cannot_start_are_in_the_table_with_their_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "s.yaml").write_text(SWEEP)
+    sweep = plan_sweep(tmp_path / "s.yaml", [*places(tmp_path), "points=[]"])
+    for trial in sweep.trials:
+        trial.folder.path.with_name(f"{trial.name}.log").mkdir(parents=True)
+    assert run_sweep(sweep) == FAILED
+    said = capsys.readouterr().out
+    for trial in sweep.trials:
+        assert f"failed: {trial.name}: {sweep.folder}: cannot be written: Is a directory" in said
 
 
 def test_a_sweep_that_was_killed_three_times_ends_with_the_same_table(tmp_path: Path) -> None:
