@@ -3,8 +3,8 @@
     TURNOUT_FAULTS="save.mid_file#2:1=kill"    kill rank 1 when it reaches save.mid_file for the second time
 
 Faults are separated by commas. Without `#` the first time counts, without `:` every rank. Actions: `kill` (SIGKILL),
-`raise` (RuntimeError), `full` (ENOSPC), `sleep` (30 s). Points are phases of the flight recorder (`phase.NAME`, with _
-for spaces), collectives and places within a save.
+`raise` (RuntimeError), `full` (ENOSPC), `sleep` (30 s), `slow` (50 ms, and at every later visit too). Points are phases
+of the flight recorder (`phase.NAME`, with _ for spaces), collectives and places within a save.
 """
 
 import errno
@@ -15,8 +15,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-_FAULT = re.compile(r"([a-z_.]+)(?:#(\d+))?(?::(\d+))?=(kill|raise|full|sleep)")
-_SLEEP_S = 30.0
+_FAULT = re.compile(r"([a-z_.]+)(?:#(\d+))?(?::(\d+))?=(kill|raise|full|sleep|slow)")
+_SLEEP_S, _SLOW_S = 30.0, 0.05
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ def hit(point: str) -> None:
     for fault in _PLANNED:
         if fault.point == point:
             fault.countdown -= 1
-            if fault.countdown == 0:
+            if fault.countdown == 0 or (fault.action == "slow" and fault.countdown < 0):
                 _trigger(fault)
 
 
@@ -66,3 +66,5 @@ def _trigger(fault: Fault) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "sleep":
             time.sleep(_SLEEP_S)
+        case "slow":
+            time.sleep(_SLOW_S)
