@@ -96,6 +96,7 @@ def draw(number: int, folder: Path) -> Trial:
             config = _with_rates(random.Random(f"rates {number}"), config)
             config = _with_fold(random.Random(f"fold {number}"), config, text)
             config = _with_average(random.Random(f"average {number}"), config)
+            config = _with_watch(random.Random(f"watch {number}"), config)
             case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
             case = _placed(random.Random(f"placement {number}"), case)
             apply_case(config, case)
@@ -167,6 +168,18 @@ def _with_average(drawn: random.Random, config: ExperimentConfig) -> ExperimentC
     fields = {"start_step": drawn.choice([0, 2]), "every": drawn.choice([1, 3]), "warmup": drawn.random() < 0.5}
     ema = EMAConfig(decay=drawn.choice([0.3, 0.9, 0.999]), **fields)
     return config.model_copy(update={"train": config.train.model_copy(update={"ema": ema})})
+
+
+def _with_watch(drawn: random.Random, config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config with what watches a run, keeps its best and ends it, none of which changes a step."""
+    alarms = drawn.choice([{}, {"plateau": None, "patience": 1, "collapse": 0.9}, None])
+    changes: dict[str, Any] = {"metrics": {"alarms": alarms, "log_every": drawn.choice([1, 4])}}
+    if drawn.random() < 0.5:
+        stopping = {"metric": "eval/loss", "patience": drawn.randint(1, 3)}
+        end = drawn.choice([{"stop_after": drawn.randint(1, STEPS - 1)}, {"early_stopping": stopping}])
+        changes |= {"train": end, "checkpoint": {"best": "eval/loss"}, "eval": {"every": drawn.choice([2, 5])}}
+    values = config.model_dump()
+    return ExperimentConfig.model_validate(values | {name: values[name] | keys for name, keys in changes.items()})
 
 
 def _model(drawn: random.Random, kind: str) -> dict[str, Any]:

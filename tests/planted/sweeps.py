@@ -64,14 +64,14 @@ FAULTS = [
     _fault(
         "the seed of a candidate is that of the experiment",
         "sweep/plan_trials.py",
-        "if seed is not None:\n            own.append(_Override(f\"seed={seed}\"",
-        "if True:\n            own.append(_Override(f\"seed={base.seed if seed is None else seed}\"",
+        'if seed is not None:\n            own.append(_Override(f"seed={seed}"',
+        'if True:\n            own.append(_Override(f"seed={base.seed if seed is None else seed}"',
         "sweep/test_plan_trials.py",
     ),
     _fault(
         "the time of a training is that of its logged steps",
         "runs/run_figures.py",
-        "mean * max(0, record[\"step\"] - before)",
+        'mean * max(0, record["step"] - before)',
         "mean",
         "runs/test_run_figures.py",
     ),

@@ -10,16 +10,13 @@ from trainer.sweep.sweep_config import RangeConfig
 def with_dotted_keys(tree: Node) -> Node:
     """Return the tree of a sweep with dotted keys in `over`: {schedule: {peak_lr: [1]}} is {schedule.peak_lr: [1]}.
 
-    A key that has dots already has values or a range, and so has one with the name of a range, such as {uniform: [0, 1]}.
-    Of a key given twice the later values count, in the place of the earlier: overrides do not change the order.
+    Below a key that has dots, and in what has the name of a range ({uniform: [0, 1]}), there are no further keys. Of a
+    key given twice the later values count, in the place of the earlier: overrides do not change the order.
     """
     over = tree.below("over")
     if over is None or not isinstance(over.value, dict):
         return tree
-    flat: dict[str, Node] = {}
-    for key, node in _dotted("", over):
-        flat[key] = node
-    return replace(tree, value={**tree.value, "over": replace(over, value=flat)})
+    return replace(tree, value={**tree.value, "over": replace(over, value=dict(_dotted("", over)))})
 
 
 def _dotted(above: str, section: Node) -> Iterator[tuple[str, Node]]:

@@ -43,7 +43,7 @@ def run_sweep(sweep: Sweep) -> int:
 
 
 def _other_runs(sweep: Sweep) -> list[str]:
-    """Return the names of runs in the folder that are no trials: of a sweep file that was changed, or of another one."""
+    """Return the names of runs in the folder that are no trials: of a file that was changed, or of another sweep."""
     own = {trial.name for trial in sweep.trials}
     return sorted(path.parent.name for path in sweep.folder.glob("*/config.yaml") if path.parent.name not in own)
 
