@@ -199,4 +199,25 @@ FAULTS = [
         '("dispatch", "combine", "other")',
         "training/test_watch_alarms.py",
     ),
+    in_package(
+        "an expert is dead although none of its few tokens was expected",
+        "metrics/alarms/balance_rules.py",
+        "if even < _FEWEST_EXPECTED:",
+        "if even < 0:",
+        "metrics/alarms/test_balance_rules.py",
+    ),
+    in_package(
+        "a loss that ends with its rate is a plateau",
+        "metrics/alarms/progress_rules.py",
+        "elif min(lr, inside[0].lr) >= _HELD * self._highest_lr:",
+        "else:",
+        "metrics/alarms/test_progress_rules.py",
+    ),
+    in_package(
+        "an alarm that goes on is shown at every line",
+        "metrics/alarms/alarms.py",
+        "if not is_new and not is_worse and step",
+        "if not is_new and not is_worse and -step",
+        "metrics/alarms/test_alarms.py",
+    ),
 ]
