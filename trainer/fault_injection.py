@@ -3,7 +3,7 @@
     TURNOUT_FAULTS="save.mid_file#2:1=kill"    kill rank 1 when it reaches save.mid_file for the second time
 
 Faults are separated by commas. Without `#` the first time counts, without `:` every rank. Actions: `kill` (SIGKILL),
-`raise` (RuntimeError), `full` (ENOSPC), `sleep` (30 s), `slow` (50 ms, and at every later visit too). Points are phases
+`raise` (RuntimeError), `full` (ENOSPC), `sleep` (30 s), `slow` (0.25 s, and at every later visit too). Points are phases
 of the flight recorder (`phase.NAME`, with _ for spaces), collectives and places within a save.
 """
 
@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 _FAULT = re.compile(r"([a-z_.]+)(?:#(\d+))?(?::(\d+))?=(kill|raise|full|sleep|slow)")
-_SLEEP_S, _SLOW_S = 30.0, 0.05
+_SLEEP_S, _SLOW_S = 30.0, 0.25
 
 
 @dataclass(slots=True)

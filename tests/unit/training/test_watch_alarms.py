@@ -136,7 +136,7 @@ def test_a_dense_model_that_learns_nothing_rings_the_plateau_alone_and_null_ring
 
 
 def _train_slowed(config: ExperimentConfig, fault: str) -> None:
-    """Train on this rank, with 50 ms more of work in every step where `fault` says so."""
+    """Train on this rank, with 0.25 s more of work in every step where `fault` says so."""
     mesh = mesh_here()
     fault_injection._PLANNED[:] = fault_injection.parse_faults(fault, str(mesh.layout.rank))
     try:
@@ -148,14 +148,14 @@ def _train_slowed(config: ExperimentConfig, fault: str) -> None:
 def test_a_rank_that_works_longer_than_the_others_is_named_and_ranks_that_all_do_are_not(
     place: Path, ranks: Ranks
 ) -> None:
-    # A step takes 3 ms but for the faults: with them the ratio is about 15, and 1 if both have them.
-    keys = ["train.steps=12", "checkpoint.every=null", "metrics.log_every=2"]
-    keys.append("metrics.alarms={patience: 6, slow_rank: 3}")
+    # A step takes some milliseconds but for the faults, which are so long that a busy machine does not matter.
+    keys = ["train.steps=6", "checkpoint.every=null", "metrics.log_every=2"]
+    keys.append("metrics.alarms={patience: 4, slow_rank: 1.5}")
     one, both = (config_at(place, name, *keys) for name in ("one_slow", "both_slow"))
     ranks.run(2, _train_slowed, one, "phase.data#2:1=slow")
     ranks.run(2, _train_slowed, both, "phase.data#2=slow")
     [line] = [line for line in alarms_of(one) if line["alarm"] == "slow_rank"]
-    assert (line["rank"], line["layer"], line["state"]) == (1, None, "rings") and line["value"] > 3
+    assert (line["rank"], line["layer"], line["state"]) == (1, None, "rings") and line["value"] > 1.5
     assert line["message"].startswith("rank 1 is always last: its own work takes")
     assert "profile={start: N, steps: 3, ranks: [1]}" in line["advice"]
     assert alarms_of(both) == []
