@@ -3,8 +3,8 @@
     TURNOUT_FAULTS="save.mid_file#2:1=kill"    kill rank 1 when it reaches save.mid_file for the second time
 
 Faults are separated by commas. Without `#` the first time counts, without `:` every rank. Actions: `kill` (SIGKILL),
-`raise` (RuntimeError), `full` (ENOSPC), `sleep` (30 s), `slow` (0.25 s, and at every later visit too). Points are phases
-of the flight recorder (`phase.NAME`, with _ for spaces), collectives and places within a save.
+`raise` (RuntimeError), `full` (ENOSPC), `sleep` (30 s), `slow` (0.25 s, and at every later visit too). Points are
+phases of the flight recorder (`phase.NAME`, with _ for spaces), collectives and places within a save.
 """
 
 import errno
