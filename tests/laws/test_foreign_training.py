@@ -14,6 +14,7 @@ from tests.checkpoint_helpers import resume, save
 from tests.exported_runs import TEXT
 from tests.foreign_models import make_foreign, save_foreign
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.choice import CheckpointChoice
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load as load_config
 from trainer.convert.hf_export import ExportOptions, export
@@ -92,7 +93,13 @@ def test_five_steps_are_theirs(
     assert max(losses) - min(losses) > 1e-2, "something happens"
 
     save(CheckpointFolder(run.checkpoints), STEPS, engine.state(), {**started.run, "data_fingerprint": "some text"})
-    export(config, run, Path("out"), ExportOptions(family=FAMILIES[family], step=STEPS), warn=pytest.fail)
+    export(
+        config,
+        run,
+        Path("out"),
+        ExportOptions(family=FAMILIES[family], choice=CheckpointChoice(step=STEPS)),
+        warn=pytest.fail,
+    )
     returned: Any = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         batch = _batch(STEPS)

@@ -39,6 +39,27 @@ FAULTS = [
         f"{AVERAGE_LAW}::test_a_checkpoint_that_lacks_some_averages_is_refused",
     ),
     in_package(
+        "some weights are read without their average",
+        "checkpoint/manifest.py",
+        "not learning <= averages.keys() <= self.tensors.keys()",
+        "not averages.keys() <= self.tensors.keys()",
+        "checkpoint/test_manifest.py",
+    ),
+    in_package(
+        "averaged weights are found under their own names",
+        "checkpoint/manifest.py",
+        "        read._kept_as = name\n",
+        "",
+        "training/test_load_trained.py",
+    ),
+    in_package(
+        "pieces of a partition begin at its start",
+        "engine/deepspeed/partition.py",
+        "            at += piece.numel()\n",
+        "",
+        "engine/deepspeed/test_partition.py",
+    ),
+    in_package(
         "DeepSpeed copies the frozen experts of rank 0 to all ranks",
         "engine/deepspeed/start.py",
         "ds_optim_param=True",

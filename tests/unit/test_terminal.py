@@ -3,6 +3,8 @@
 import ast
 import io
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.launched_ranks import ROOT
 from trainer import cli
+from trainer.checkpoint.choice import NEWEST
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.dump import dump, inline
 from trainer.config.loader import load
@@ -128,6 +132,28 @@ def test_a_prompt_and_what_follows_it_are_shown_on_a_terminal(
     monkeypatch.setattr(generate_text, "generate", lambda *_, **__: iter(f"|{STEERS}".encode()))
     screen = Screen(is_terminal=is_terminal)
     monkeypatch.setattr(sys, "stdout", screen)
-    options: dict[str, Any] = {"max_tokens": 1, "sampling": SamplingOptions(temperature=0), "seed": 0, "step": None}
+    options: dict[str, Any] = {"max_tokens": 1, "sampling": SamplingOptions(temperature=0), "seed": 0, "choice": NEWEST}
     generate_text.generate_text(ExperimentConfig(name="x"), RunFolder(Path("x")), prompt=STEERS, **options)
     assert screen.getvalue() == wanted
+
+
+@pytest.mark.parametrize("command", [["config", "show", "smoke"], ["runs", "R"]], ids=["print", "print_safe"])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_under_the_output_is_said_in_one_line(command: list[str], buffered: bool, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "R").mkdir()
+    with Path("/dev/full").open("w") as full:
+        arguments = [sys.executable, "-m", "trainer", *command]
+        where: Any = {"cwd": tmp_path, "env": environment, "stdout": full, "stderr": subprocess.PIPE}
+        ended = subprocess.run(arguments, text=True, timeout=60, check=False, **where)
+    assert (ended.returncode, ended.stderr) == (7, "standard output: No space left on device\n")
+
+
+def test_an_output_that_lacks_characters_gets_their_numbers(tmp_path: Path) -> None:
+    run = tmp_path / "\u5b9f\u9a13"
+    run.mkdir()
+    (run / "config.yaml").write_text("train: {steps: 3}")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-m", "trainer", "status", str(tmp_path), "--all"]
+    ended = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert ended.returncode == 0 and "\\u5b9f\\u9a13: not started" in ended.stdout, ended.stderr

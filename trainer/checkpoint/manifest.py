@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from math import prod
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue, PrivateAttr
 
-from trainer.checkpoint.coverage import is_moment, missing_moments, partition_error
+from trainer.checkpoint.coverage import is_average, is_moment, missing_moments, partition_error, weight_of
 from trainer.config.base import Config, Problem
 from trainer.config.nodes import shown
 from trainer.errors import CheckpointError
@@ -65,6 +65,17 @@ class StoredTensor(_Entry):
     is_frozen: bool = False
     """A weight that did not learn, so that it has no moments."""
     slices: list[StoredSlice]
+    _kept_as: str | None = PrivateAttr(default=None)
+
+    def kept_as(self, name: str) -> str:
+        """Return the name in the files of the tensor that is called `name` here."""
+        return name if self._kept_as is None else self._kept_as
+
+    def in_place_of(self, weight: "StoredTensor", *, name: str) -> "StoredTensor":
+        """Return this tensor, `name` in the files, to be read as another one."""
+        read = self.model_copy(update={"is_frozen": weight.is_frozen})
+        read._kept_as = name
+        return read
 
     @property
     def length(self) -> int:
@@ -122,6 +133,20 @@ class Manifest(_Entry):
             return
         for missing in missing_moments(shapes, experts):
             yield Problem("tensors", missing)
+
+    def averaged(self) -> Self | None:
+        """Return this manifest with moving averages in the place of their weights; None if it has not all of them.
+
+        What did not learn and buffers have none, and stay.
+        """
+        averages = {weight_of(name): name for name in self.tensors if is_average(name)}
+        learning = {weight_of(name) for name in self.tensors if is_moment(name)}
+        if not averages or not learning <= averages.keys() <= self.tensors.keys():
+            return None
+        tensors = {name: stored for name, stored in self.tensors.items() if not is_average(name)}
+        for weight, name in averages.items():
+            tensors[weight] = self.tensors[name].in_place_of(tensors[weight], name=name)
+        return self.model_copy(update={"tensors": tensors})
 
     @property
     def has_moments(self) -> bool:

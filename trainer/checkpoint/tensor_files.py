@@ -145,12 +145,13 @@ class StoredTensors:
         try:
             if part.file not in self._open:
                 self._open[part.file] = open_tensors(path)
-            view = self._open[part.file].get_slice(name)
+            kept = stored.kept_as(name)
+            view = self._open[part.file].get_slice(kept)
             shape, dtype = view.get_shape(), view.get_dtype()
             if list(shape) != expected or dtype != DTYPES[stored.dtype][1]:
                 in_manifest = f"{expected} {stored.dtype} in the manifest"
                 raise CheckpointError(f"{path}: {name} is {shape} {dtype} in it, and {in_manifest}")
-            return view[first:end] if expected else self._open[part.file].get_tensor(name)
+            return view[first:end] if expected else self._open[part.file].get_tensor(kept)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {first_line(error):.200}") from None
 

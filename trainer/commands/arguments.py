@@ -6,8 +6,9 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
+from trainer.checkpoint.choice import CheckpointChoice, WeightsOf
 from trainer.commands.shipped import as_config
 from trainer.config.base import expand_home
 from trainer.config.nodes import shown
@@ -114,3 +115,15 @@ def add_step(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     what = "use the checkpoint of this step instead of the newest, or best: that of checkpoint.best"
     parser.add_argument("--step", type=step_or_best, metavar="N", help=what)
     return parser
+
+
+def add_choice(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the choice of a checkpoint's weights to a command's options."""
+    what = "use the weights themselves (raw), or their moving average (ema, of train.ema)"
+    add_step(parser).add_argument("--weights", choices=get_args(WeightsOf), default="raw", help=what)
+    return parser
+
+
+def choice_of(options: argparse.Namespace) -> CheckpointChoice:
+    """Return the weights that options choose, once `--step best` is resolved."""
+    return CheckpointChoice(step=options.step, weights=options.weights)

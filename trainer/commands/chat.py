@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trainer.commands.arguments import Subparsers, add_command, add_run, add_step
+from trainer.commands.arguments import Subparsers, add_choice, add_command, add_run, choice_of
 from trainer.commands.resolve import existing_run
 from trainer.commands.sampling_arguments import add_sampling, check_sampling, sampling_of
 
@@ -11,7 +11,7 @@ from trainer.commands.sampling_arguments import add_sampling, check_sampling, sa
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
     example = "runs/smoke --system 'You are terse.'"
-    sub = add_step(add_run(add_command(subparsers, "chat", chat_command, example=example)))
+    sub = add_choice(add_run(add_command(subparsers, "chat", chat_command, example=example)))
     sub.add_argument("--system", help="what the model is told before the conversation")
     add_sampling(sub)
 
@@ -26,6 +26,6 @@ def chat_command(options: argparse.Namespace) -> int:
     from trainer.training.chat_terminal import Chat, chat_with_run
 
     answers = AnswerOptions(sampling=sampling_of(options), max_tokens=options.max_tokens, seed=options.seed)
-    chat = Chat(answers=answers, system=options.system, step=options.step, directory=directory)
+    chat = Chat(answers=answers, system=options.system, choice=choice_of(options), directory=directory)
     chat_with_run(config, folder, chat)
     return 0

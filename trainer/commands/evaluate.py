@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from trainer.commands.arguments import Subparsers, add_command, add_run, add_step, as_path, names, whole
+from trainer.commands.arguments import Subparsers, add_choice, add_command, add_run, as_path, choice_of, names, whole
 from trainer.commands.record_option import add_record, check_record_option
 from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.config.check_packages import check_packages
@@ -16,7 +16,7 @@ from trainer.moe.config import MoEConfig
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
     example = "runs/smoke --json eval.max_tokens_per_domain=null"
-    sub = add_step(add_run(add_command(subparsers, "eval", evaluate_command, example=example)))
+    sub = add_choice(add_run(add_command(subparsers, "eval", evaluate_command, example=example)))
     sub.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
     what = "evaluate only these of eval.tasks, and no held-out text"
     sub.add_argument("--tasks", type=names, metavar="A,B", help=what)
@@ -56,10 +56,10 @@ def evaluate_command(options: argparse.Namespace) -> int:
     screen = sys.stderr if options.json else sys.stdout
     with suggest_prepare(config):
         if top_ks is not None:
-            record = evaluate_top_ks(config, folder, top_ks, step=options.step, screen=screen)
+            record = evaluate_top_ks(config, folder, top_ks, choice=choice_of(options), screen=screen)
         elif options.lm_eval is None:
             record = evaluate_checkpoint(
-                config, folder, step=options.step, only=only, screen=screen, record=options.record
+                config, folder, choice=choice_of(options), only=only, screen=screen, record=options.record
             )
         else:
             record = evaluate_by_lm_eval(
@@ -68,7 +68,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
                 options.lm_eval,
                 include_path=options.include_path,
                 limit=options.limit,
-                step=options.step,
+                choice=choice_of(options),
                 screen=screen,
             )
     if options.json:

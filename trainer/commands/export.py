@@ -6,7 +6,7 @@ import sys
 from typing import Final
 
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.commands.arguments import Subparsers, add_command, add_overrides, add_run, add_step, as_path
+from trainer.commands.arguments import Subparsers, add_choice, add_command, add_overrides, add_run, as_path, choice_of
 from trainer.commands.resolve import existing_run
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
@@ -26,7 +26,7 @@ def add(subparsers: Subparsers) -> None:
     add_run(sub, with_overrides=False)
     sub.add_argument("out", type=as_path, metavar="OUT", help="folder to create")
     add_overrides(sub, "data.cache_dir=cache")
-    add_step(sub)
+    add_choice(sub)
     what = "family of transformers, by its model_type (export.target of the config, or the first that fits)"
     sub.add_argument("--target", choices=["auto", *FAMILIES], help=what)
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the tensors (float32)")
@@ -60,12 +60,12 @@ def export_command(options: argparse.Namespace) -> int:
     from trainer.convert.hf_export import ExportOptions, export
 
     chosen = ExportOptions(
-        family=family, dtype=options.dtype, shard_bytes=options.shard_size, gate=options.gate, step=options.step
+        family=family, dtype=options.dtype, shard_bytes=options.shard_size, gate=options.gate, choice=choice_of(options)
     )
     exported = export(config, folder, options.out, chosen, warn=_warn)
     files = f"{exported.num_files} file{'s' * (exported.num_files > 1)}, {exported.size_bytes / 1e6:.1f} MB"
     parameters = f"{exported.size.total_parameters / 1e6:.2f}M parameters in {options.dtype}"
-    print_safe(f"{options.out}: step {exported.step} as {family.name}, {parameters}, {files}")
+    print_safe(f"{options.out}: {chosen.choice.said(exported.step)} as {family.name}, {parameters}, {files}")
     print_safe(exported.report.line())
     return 0
 
@@ -73,11 +73,11 @@ def export_command(options: argparse.Namespace) -> int:
 def _export_adapter(options: argparse.Namespace, config: ExperimentConfig, folder: RunFolder, family: Family) -> int:
     from trainer.convert.peft_adapter import AdapterOptions, export_adapter
 
-    chosen = AdapterOptions(family=family, dtype=options.dtype, step=options.step, base=options.base)
+    chosen = AdapterOptions(family=family, dtype=options.dtype, choice=choice_of(options), base=options.base)
     written = export_adapter(config, folder, options.out, chosen, warn=_warn)
     print_safe(
-        f"{options.out}: step {written.step} as adapters of {family.name} for peft, {written.parameters / 1e6:.2f}M "
-        f"parameters in {options.dtype}; load them on the model that the run began with"
+        f"{options.out}: {chosen.choice.said(written.step)} as adapters of {family.name} for peft, "
+        f"{written.parameters / 1e6:.2f}M parameters in {options.dtype}; load them on the model that the run began with"
     )
     return 0
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from trainer.commands.arguments import Subparsers, add_command, add_run, add_step
+from trainer.commands.arguments import Subparsers, add_choice, add_command, add_run, choice_of
 from trainer.commands.record_option import add_record, check_record_option
 from trainer.commands.resolve import existing_run
 from trainer.commands.sampling_arguments import add_sampling, check_sampling, sampling_of
@@ -11,7 +11,7 @@ from trainer.commands.sampling_arguments import add_sampling, check_sampling, sa
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
     example = "runs/smoke --prompt 'It was' --max-tokens 100"
-    sub = add_step(add_run(add_command(subparsers, "generate", generate_command, example=example)))
+    sub = add_choice(add_run(add_command(subparsers, "generate", generate_command, example=example)))
     sub.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
     add_sampling(sub)
     add_record(sub)
@@ -32,7 +32,7 @@ def generate_command(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens,
         sampling=sampling_of(options),
         seed=options.seed,
-        step=options.step,
+        choice=choice_of(options),
         record=options.record,
     )
     return 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from trainer.commands.arguments import Subparsers, add_command, add_run, add_step, as_path, whole
+from trainer.commands.arguments import Subparsers, add_choice, add_command, add_run, as_path, choice_of, whole
 from trainer.commands.record_option import check_new_folder
 from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.errors import ConfigError
@@ -12,7 +12,7 @@ from trainer.terminal import print_safe
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    sub = add_step(add_run(add_command(subparsers, "trace", trace_command, example="runs/smoke --to traces/smoke")))
+    sub = add_choice(add_run(add_command(subparsers, "trace", trace_command, example="runs/smoke --to traces/smoke")))
     sub.add_argument("--to", type=as_path, required=True, metavar="TRACE", help="new folder of the trace")
     what = "positions to read of each domain (all)"
     sub.add_argument("--max-tokens", type=whole, metavar="N", help=what)
@@ -31,7 +31,7 @@ def trace_command(options: argparse.Namespace) -> int:
     from trainer.training.trace_run import TraceOptions, trace_checkpoint
 
     chosen = TraceOptions(
-        split=options.split, max_tokens=options.max_tokens, num_ranked=options.choices, step=options.step
+        split=options.split, max_tokens=options.max_tokens, num_ranked=options.choices, choice=choice_of(options)
     )
     with suggest_prepare(config):
         manifest = trace_checkpoint(config, folder, options.to, chosen)

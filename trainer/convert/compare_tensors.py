@@ -30,7 +30,9 @@ class CheckpointRows:
         for part in sorted(stored.slices, key=lambda part: part.start):
             start, end = max(first, part.start), min(last, part.start + part.length)
             if start < end:
-                pieces.append(self._shards.shard(part.file).read(name, start - part.start, end - part.start))
+                pieces.append(
+                    self._shards.shard(part.file).read(stored.kept_as(name), start - part.start, end - part.start)
+                )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.choice import NEWEST, CheckpointChoice
 from trainer.checkpoint.compatible import check_model, check_record, check_tokenizer
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
@@ -43,8 +44,8 @@ class ExportOptions:
     dtype: ExportDType = "float32"
     shard_bytes: int = 5_000_000_000
     gate: Gate = "logits"
-    step: int | None = None
-    """Step of the checkpoint; None: the newest."""
+    choice: CheckpointChoice = NEWEST
+    """Weights that are written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ def export(
         ResourceError: if disk or memory do not suffice.
     """
     check_output_folder(out)
-    checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.step, warn)
+    checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.choice, warn)
     model = model_of(config, folder, checkpoint, family=options.family, dtype=options.dtype)
     template = kept_template(config, folder)
     if template is not None:
@@ -89,7 +90,9 @@ def export(
         has_picture = folder.experts_picture.is_file()
         if has_picture:
             shutil.copyfile(folder.experts_picture, temporary / "experts.svg")
-        card = model_card(config, folder, checkpoint, model, size, has_picture=has_picture)
+        card = model_card(
+            config, folder, checkpoint, model, size, weights=options.choice.weights, has_picture=has_picture
+        )
         (temporary / "README.md").write_text(with_gate(card, report), encoding="utf-8")
     return Exported(
         model=model, step=checkpoint.step, num_files=len(shards), size_bytes=size_bytes, size=size, report=report

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.choice import CheckpointChoice
 from trainer.checkpoint.compatible import check_fits, check_model, check_record
 from trainer.checkpoint.coverage import WEIGHT
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
@@ -44,7 +45,7 @@ class WeightSource:
         Raises:
             CheckpointError: if there is none, or it is damaged or of another model than `config`'s.
         """
-        checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), step, warn)
+        checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), CheckpointChoice(step=step), warn)
         check_record(checkpoint)
         check_model(checkpoint, config.model.model_dump(mode="json"))
         return cls(config=config, folder=folder, checkpoint=checkpoint)

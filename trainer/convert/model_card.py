@@ -4,6 +4,7 @@ from textwrap import indent
 from typing import Final
 
 from trainer.checkpoint.ancestors import ancestors
+from trainer.checkpoint.choice import WeightsOf
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.dump import dump
@@ -32,11 +33,12 @@ def model_card(
     model: ExportedModel,
     size: ModelSize,
     *,
+    weights: WeightsOf,
     has_picture: bool,
 ) -> str:
     """Return the text of README.md; `has_picture` if the folder has experts.svg. The gate's line is added later."""
     kind = "dense" if config.model.moe is None else "mixture-of-experts"
-    losses = _figures(folder, checkpoint.step)
+    losses = _figures(folder, checkpoint.step, weights)
     rows = [
         (
             "architecture",
@@ -46,6 +48,7 @@ def model_card(
         ("parameters", f"{size.total_parameters / 1e6:.2f}M, {size.active_parameters / 1e6:.2f}M active"),
         ("dtype", model.dtype),
         ("trained", f"{checkpoint.step} steps, {formatting.rate(int(checkpoint.run['tokens']))} tokens"),
+        *([] if weights == "raw" else [("weights", "the moving average of those of the steps (`train.ema`)")]),
         *((key, formatting.number(value)) for key, value in losses.items()),
         *(("made from", ancestor.text.replace("|", "\\|")) for ancestor in ancestors(folder)),
     ]
@@ -101,8 +104,9 @@ def _experts(model: ModelConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _figures(folder: RunFolder, step: int) -> dict[str, float]:
-    """Return losses of the newest records of metrics.jsonl up to a step."""
+def _figures(folder: RunFolder, step: int, weights: WeightsOf) -> dict[str, float]:
+    """Return losses of the newest records of metrics.jsonl up to a step; of averaged weights where they have some."""
     records = [record for record in read_log(folder.metrics).records if record["step"] <= step]
     log = RecordedLog(records=records)
-    return {label: value for key, label in _FIGURES if (value := log.newest(key)) is not None}
+    keys = {label: key if weights == "raw" else key.replace("eval/", "eval/ema/") for key, label in _FIGURES}
+    return {label: value for label, key in keys.items() if (value := log.newest(key)) is not None}

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.choice import CheckpointChoice
 from trainer.checkpoint.coverage import WEIGHT
 from trainer.checkpoint.find_checkpoint import CheckpointHandle, removed_meanwhile
 from trainer.checkpoint.identity import Parent
@@ -87,7 +88,7 @@ class RunTensors(ParentTensors):
             CheckpointError: if it is damaged.
         """
         self._of, self.where, self.model = parent, parent.where, parent.model
-        self.handle: CheckpointHandle = intact_checkpoint(parent.checkpoints, parent.step, warn)
+        self.handle: CheckpointHandle = intact_checkpoint(parent.checkpoints, CheckpointChoice(step=parent.step), warn)
         manifest = self.handle.manifest
         self.values = manifest.values
         self.tensors = {name: GlobalTensor.like(stored) for name, stored in manifest.tensors.items()}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.choice import NEWEST, CheckpointChoice
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.tensor_files import safetensors_header
 from trainer.checkpoint.tools.output_folder import check_output_folder, output_folder
@@ -59,8 +60,8 @@ class AdapterOptions:
 
     family: Family
     dtype: ExportDType = "float32"
-    step: int | None = None
-    """Step of the checkpoint; None: the newest."""
+    choice: CheckpointChoice = NEWEST
+    """Weights that are written."""
     base: str | None = None
     """Name of the model that they adapt, for readers."""
 
@@ -90,7 +91,7 @@ def export_adapter(
             "hold; leave the option out, which exports the merged model"
         )
     check_output_folder(out)
-    checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.step, warn)
+    checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.choice, warn)
     model = model_of(config, folder, checkpoint, family=options.family, dtype=options.dtype)
     factors = list(_factors(model, lora))
     with output_folder(out) as temporary:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.atomic_io import replace_file
+from trainer.checkpoint.choice import WeightsOf
 from trainer.evaluation.held_out import EvalResult
 from trainer.evaluation.tasks.base import Every, Task, TaskResult
 
@@ -39,11 +40,12 @@ def due_tasks(tasks: Sequence[Task], done: int, *, with_held_out: bool, is_last:
     return [task for task in tasks if is_last or is_due(task.every)]
 
 
-def write_predictions(folder: Path, result: TaskResult, *, step: int) -> Path | None:
+def write_predictions(folder: Path, result: TaskResult, *, step: int, weights: WeightsOf = "raw") -> Path | None:
     """Write the texts generated at a step, one JSON object per line; return the file, or None if there are none."""
     if not result.predictions:
         return None
     folder.mkdir(exist_ok=True)
-    path = folder / f"{result.name}-step{step}.jsonl"
+    of_average = "" if weights == "raw" else f"-{weights}"
+    path = folder / f"{result.name}-step{step}{of_average}.jsonl"
     replace_file(path, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in result.predictions))
     return path

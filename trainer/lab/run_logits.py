@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.choice import NEWEST
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.data.batches.batch import Batch
@@ -33,7 +34,7 @@ def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int
         ConfigError: if the run's routers compute no logits.
     """
     console = Console(file=sys.stderr)
-    engine, tokenizer, _ = load_trained(config, folder, step=None, warn=console.warning)
+    engine, tokenizer, _ = load_trained(config, folder, NEWEST, warn=console.warning)
     with console.progress_bar("reading text") as bar:
         corpus = corpus_of_run(config, folder, tokenizer, progress=bar)
     rows_per_domain = 2 * -(-sequences // len(corpus.domains))

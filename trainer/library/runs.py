@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainer.checkpoint.choice import CheckpointChoice, WeightsOf
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.final_page import write_final_page
 from trainer.commands.init_from_parent import find_first_weights
@@ -23,18 +24,20 @@ if TYPE_CHECKING:
 class Run(RecordedRun):
     """Run folder: its config, metrics, checkpoints and models."""
 
-    def model(self, step: int | None = None) -> "GPT":
+    def model(self, step: int | None = None, *, weights: WeightsOf = "raw") -> "GPT":
         """Return the model of a checkpoint, in evaluation mode and in this process.
 
         Args:
             step: one of `checkpoints`; None: the newest.
+            weights: `ema` are their moving average (`train.ema`).
 
         Raises:
-            CheckpointError: if there is none, or it is damaged.
+            CheckpointError: if there is none, it is damaged, or it has no such weights.
         """
         from trainer.training.load_trained import load_trained
 
-        engine, _, _ = load_trained(self.config, RunFolder(self.path), step=step, warn=lambda _: None)
+        choice = CheckpointChoice(step=step, weights=weights)
+        engine, _, _ = load_trained(self.config, RunFolder(self.path), choice, warn=lambda _: None)
         return engine.model.eval()
 
 

@@ -4,6 +4,7 @@
 """
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.choice import CheckpointChoice
 from trainer.errors import CheckpointError
 from trainer.metrics.specialisation import mutual_information_bits
 from trainer.report.measure_layer import load_imbalance, saturation
@@ -26,7 +27,7 @@ def compare_checkpoints(
     found = []
     for step in (before[i * len(before) // keep] for i in range(keep)):
         try:
-            checkpoint = intact_checkpoint(folder, step, loaded.warn)
+            checkpoint = intact_checkpoint(folder, CheckpointChoice(step=step), loaded.warn)
             load_state(checkpoint, loaded.engine, loaded.config, loaded.corpus.tokenizer)
         except CheckpointError as error:
             remarks.append(f"The checkpoint of step {step} is left out: {error}")

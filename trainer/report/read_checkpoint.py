@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.checkpoint.choice import CheckpointChoice
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.evaluation import batches_of_all_domains
 from trainer.data.corpus import Corpus
@@ -49,7 +50,7 @@ def read_checkpoint(
     run: RecordedRun, config: ExperimentConfig, options: MeasureOptions, warn: Callable[[str], None]
 ) -> MeasuredRun:
     """Load a checkpoint and its held-out text."""
-    engine, tokenizer, checkpoint = load_trained(config, run.folder, step=options.step, warn=warn)
+    engine, tokenizer, checkpoint = load_trained(config, run.folder, CheckpointChoice(step=options.step), warn=warn)
     corpus = corpus_of_run(config, run.folder, tokenizer)
     warn_of_other_text(checkpoint, corpus, warn)
     budget = max(1, options.max_tokens // len(corpus.domains))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from trainer.checkpoint.choice import NEWEST, CheckpointChoice
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.base import expand_home
 from trainer.config.nodes import shown_path
@@ -37,8 +38,8 @@ class Chat:
     answers: AnswerOptions
     system: str | None = None
     """The system's message."""
-    step: int | None = None
-    """Step of the checkpoint; None: the newest."""
+    choice: CheckpointChoice = NEWEST
+    """Weights that answer."""
     directory: Path
     """Where files are saved whose path is relative."""
 
@@ -51,7 +52,7 @@ def chat_with_run(config: ExperimentConfig, folder: RunFolder, chat: Chat) -> No
         ChatTemplateError: if its template cannot be used.
     """
     console = Console(file=sys.stderr)
-    engine, tokenizer, checkpoint = load_trained(config, folder, step=chat.step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, chat.choice, warn=console.warning)
     if warning := evaluation_warning(engine.model.moe_layers()):
         console.warning(warning)
     template = _template_of(config, folder, tokenizer, console)
@@ -60,7 +61,7 @@ def chat_with_run(config: ExperimentConfig, folder: RunFolder, chat: Chat) -> No
     before = (tokenizer.end_of_document,) if config.data.has_chats else ()  # as in its rows
     session = ChatSession(engine.model, encoder, replace(chat.answers, first_tokens=before), system=chat.system)
     terminal = ChatTerminal(session, where=str(checkpoint.path), directory=chat.directory)
-    terminal.notice(f"{config.name}, step {checkpoint.step}. /help lists commands; {_KEYS}.")
+    terminal.notice(f"{config.name}, {chat.choice.said(checkpoint.step)}. /help lists commands; {_KEYS}.")
     terminal.run()
 
 

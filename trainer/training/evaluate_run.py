@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.checkpoint.choice import CheckpointChoice
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
@@ -64,47 +65,53 @@ def evaluate_checkpoint(
     config: ExperimentConfig,
     folder: RunFolder,
     *,
-    step: int | None,
+    choice: CheckpointChoice,
     only: Sequence[str] | None,
     screen: TextIO,
     record: Path | None = None,
 ) -> dict[str, float | str]:
-    """Evaluate a checkpoint, the newest without a `step`; show and return the metrics.
+    """Evaluate a checkpoint; show and return the metrics.
 
     The run folder gets predictions and the picture of the experts. With `only`, these tasks and no held-out text are
     evaluated. `record` is a new folder for the experts of held-out text.
     """
     console = Console(file=sys.stderr)
-    engine, corpus, checkpoint = _with_text(config, folder, step, console)
+    engine, corpus, checkpoint = _with_text(config, folder, choice, console)
     selected = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
     tasks = load_tasks(selected, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
     facts = writer = None
     if record is not None:
-        facts = facts_of(config, corpus.tokenizer, origin="eval", step=checkpoint.step, domains=corpus.domains)
+        step, domains = checkpoint.step, corpus.domains
+        facts = facts_of(config, corpus.tokenizer, origin="eval", step=step, choice=choice, domains=domains)
         writer = RecordWriter(record, facts.model, vocab_size=facts.vocab_size)
     with memory.hint(config, "evaluating the model"):
         evaluation = evaluate_run(config, engine, corpus, tasks, alone, with_held_out=only is None, record=writer)
     if record is not None and facts is not None and writer is not None:
         writer.flush()
         finish_record(record, facts)
-    layers, title = engine.model.config.moe_layers, f"{config.name} at step {checkpoint.step}"
+    layers, title = engine.model.config.moe_layers, f"{config.name} at {choice.said(checkpoint.step)}"
     summary = summarize_evaluation(evaluation, corpus, layers, title=title)
-    written = _write_files(folder, evaluation, summary, step=checkpoint.step, warn=console.warning)
+    written = _write_files(folder, evaluation, summary, choice, step=checkpoint.step, warn=console.warning)
     with closing(Console(file=screen)) as console:
         console.summary(replace(summary, written=written))
     signatures = {f"eval/{t.name}/{key}_signature": text for t in tasks for key, text in t.signatures.items()}
-    return {"step": checkpoint.step, **evaluation.record(), **signatures}
+    return {**_read(choice, checkpoint), **evaluation.record(), **signatures}
+
+
+def _read(choice: CheckpointChoice, checkpoint: CheckpointHandle) -> dict[str, Any]:
+    """Return which weights were evaluated; the weights themselves are not named."""
+    return {"step": checkpoint.step} | ({} if choice.weights == "raw" else {"weights": choice.weights})
 
 
 def evaluate_top_ks(
-    config: ExperimentConfig, folder: RunFolder, top_ks: Sequence[int], *, step: int | None, screen: TextIO
+    config: ExperimentConfig, folder: RunFolder, top_ks: Sequence[int], *, choice: CheckpointChoice, screen: TextIO
 ) -> dict[str, Any]:
     """Evaluate a checkpoint's held-out text at several numbers of experts per token; show and return the metrics.
 
-    The router has the option `top_k` and allows all of `top_ks`. Without a `step` the newest checkpoint is evaluated.
+    The router has the option `top_k` and allows all of `top_ks`.
     """
-    engine, corpus, checkpoint = _with_text(config, folder, step, Console(file=sys.stderr))
+    engine, corpus, checkpoint = _with_text(config, folder, choice, Console(file=sys.stderr))
     records: dict[int, dict[str, float]] = {}
     with memory.hint(config, "evaluating the model"):
         for top_k in top_ks:
@@ -113,10 +120,9 @@ def evaluate_top_ks(
             records[top_k] = {"active_parameters": size.active_parameters, **result.record()}
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "top_k_choices", None) or [getattr(moe.router, "top_k", 0)]
-    print_safe(
-        f"{config.name} at step {checkpoint.step}, held-out text\n{sweep_table(records, trained=trained)}", file=screen
-    )
-    return {"step": checkpoint.step, "experts_per_token": {str(top_k): record for top_k, record in records.items()}}
+    title = f"{config.name} at {choice.said(checkpoint.step)}, held-out text"
+    print_safe(f"{title}\n{sweep_table(records, trained=trained)}", file=screen)
+    return {**_read(choice, checkpoint), "experts_per_token": {str(top_k): record for top_k, record in records.items()}}
 
 
 def evaluate_by_lm_eval(
@@ -126,7 +132,7 @@ def evaluate_by_lm_eval(
     *,
     include_path: Path | None,
     limit: int | None,
-    step: int | None,
+    choice: CheckpointChoice,
     screen: TextIO,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on tasks of lm-eval, if it is installed; print its table and return its results."""
@@ -134,19 +140,19 @@ def evaluate_by_lm_eval(
         from trainer.evaluation.lm_eval import LmEvalModel, run_lm_eval
 
     console = Console(file=sys.stderr)
-    engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, choice, warn=console.warning)
     model = LmEvalModel(_context(config, engine, Mesh.of_one()), tokenizer)
     with memory.hint(config, "evaluating the model"):
         results, table = run_lm_eval(model, tasks, include_path=include_path, limit=limit)
     print_safe(table, file=screen)
-    return {"step": checkpoint.step, "lm_eval": results}
+    return {**_read(choice, checkpoint), "lm_eval": results}
 
 
 def _with_text(
-    config: ExperimentConfig, folder: RunFolder, step: int | None, console: Console
+    config: ExperimentConfig, folder: RunFolder, choice: CheckpointChoice, console: Console
 ) -> tuple[Engine, Corpus, CheckpointHandle]:
     """Load a checkpoint and its text; warn about reasons not to trust a held-out loss."""
-    engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, choice, warn=console.warning)
     with console.progress_bar("reading text") as bar:
         corpus = corpus_of_run(config, folder, tokenizer, progress=bar)
     warn_of_other_text(checkpoint, corpus, console.warning)
@@ -185,16 +191,26 @@ def _context(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContex
 
 
 def _write_files(
-    folder: RunFolder, evaluation: EvalReport, summary: RunSummary, *, step: int, warn: Callable[[str], None]
+    folder: RunFolder,
+    evaluation: EvalReport,
+    summary: RunSummary,
+    choice: CheckpointChoice,
+    *,
+    step: int,
+    warn: Callable[[str], None],
 ) -> list[tuple[str, str]]:
-    """Write predictions and the picture of the experts; return labels and paths of the files."""
+    """Write predictions and the picture of the experts; return labels and paths of the files.
+
+    Averaged weights have predictions of their own, and no picture: the one in the folder is of the run.
+    """
     written: list[tuple[str, str]] = []
     try:
         for result in evaluation.tasks:
-            path = write_predictions(folder.predictions, result, step=step)
+            path = write_predictions(folder.predictions, result, step=step, weights=choice.weights)
             if path is not None:
                 written.append((result.name, str(path)))
-        written += write_experts_picture(folder, summary)
+        if choice.weights == "raw":
+            written += write_experts_picture(folder, summary)
     except OSError as error:  # the metrics are still shown
         warn(f"{folder.path}: predictions and pictures are not written: {error.strerror or error}")
     return written

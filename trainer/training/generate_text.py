@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.checkpoint.choice import CheckpointChoice
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.data.config import Packing
@@ -46,17 +47,17 @@ def generate_text(
     max_tokens: int,
     sampling: SamplingOptions,
     seed: int,
-    step: int | None,
+    choice: CheckpointChoice,
     record: Path | None = None,
 ) -> None:
-    """Generate a text with a run's checkpoint, the newest without a `step`, and stream it to standard output.
+    """Generate a text with a run's checkpoint, and stream it to standard output.
 
     An empty prompt is the start of a document. The same seed gives the same text. `record` is a new folder for the
     tokens and their experts.
     """
     read = None if record is None else list[ReadTokens]()
     console = Console(file=sys.stderr)
-    engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, choice, warn=console.warning)
     if warning := evaluation_warning(engine.model.moe_layers()):
         console.warning(warning)
     # Bytes of a prompt that are not UTF-8 arrive as surrogates; the model reads the replacement characters shown.
@@ -84,7 +85,7 @@ def generate_text(
     finally:
         print(escape(decoder.decode(b"", final=True)))
     if record is not None and read is not None:
-        facts = facts_of(config, tokenizer, origin="generate", step=checkpoint.step)
+        facts = facts_of(config, tokenizer, origin="generate", step=checkpoint.step, choice=choice)
         writer = RecordWriter(record, facts.model, vocab_size=facts.vocab_size)
         for number, part in enumerate(read):
             writer.add(sequence_of(part, number))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from trainer.checkpoint.choice import NEWEST, CheckpointChoice
 from trainer.checkpoint.identity import recorded_id
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.batches.batch import Batch
@@ -129,12 +130,13 @@ def facts_of(
     *,
     origin: Origin,
     step: int | None = None,
+    choice: CheckpointChoice = NEWEST,
     domains: Sequence[str] = (),
 ) -> RecordFacts:
-    """Return the facts of a record of a run's model, at a step if it is trained."""
+    """Return the facts of a record of a run's model, at a step if it is trained, of the chosen weights."""
     return RecordFacts(
         origin=origin,
-        made_by=config.name if step is None else f"{config.name} at step {step}",
+        made_by=config.name if step is None else f"{config.name} at {choice.said(step)}",
         model=ModelFacts.of(config.model),
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.choice import NEWEST, CheckpointChoice
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.data.batches.evaluation import batches_of_all_domains
@@ -43,8 +44,8 @@ class TraceOptions:
     """Positions of each domain, as for evaluation. None: all of its text."""
     num_ranked: int | None = None
     """Experts listed for each token, best first. None: twice the model's k."""
-    step: int | None = None
-    """Step of the checkpoint. None: the newest."""
+    choice: CheckpointChoice = NEWEST
+    """Weights to read it with."""
 
 
 def trace_checkpoint(config: ExperimentConfig, folder: RunFolder, to: Path, options: TraceOptions) -> RecordManifest:
@@ -54,10 +55,11 @@ def trace_checkpoint(config: ExperimentConfig, folder: RunFolder, to: Path, opti
         DataError: if there is no text to read, or the router does not choose by its own rule.
     """
     console = Console(file=sys.stderr)
-    engine, tokenizer, checkpoint = load_trained(config, folder, step=options.step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, options.choice, warn=console.warning)
     with console.progress_bar("reading text") as bar:
         corpus = corpus_of_run(config, folder, tokenizer, progress=bar)
-    facts = facts_of(config, tokenizer, origin="eval", step=checkpoint.step, domains=corpus.domains)
+    step, choice = checkpoint.step, options.choice
+    facts = facts_of(config, tokenizer, origin="eval", step=step, choice=choice, domains=corpus.domains)
     with memory.hint(config, "evaluating the model"):
         return record_trace(config, engine, corpus, facts, to, options)
 

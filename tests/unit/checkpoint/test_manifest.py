@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from tests.checkpoint_helpers import save
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.manifest_file import manifest_text, read_manifest
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.errors import CheckpointError
 
 FILE = "tensors-00000-00000.safetensors"
@@ -122,3 +124,25 @@ def test_a_file_has_to_hold_all_of_its_tensors_together(folder: Path) -> None:
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match="has 40 bytes for 64 of tensors"):
         read_manifest(folder)
+
+
+def test_averages_stand_in_for_all_learning_weights_or_for_none(tmp_path: Path) -> None:
+    parts = {f"{kind}.a": torch.full((2,), float(n)) for n, kind in enumerate(("model", "ema", "optim.exp_avg"))}
+    parts |= {"model.frozen": torch.zeros(2), "optim.exp_avg_sq.a": torch.zeros(2)}
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 1, TrainState(slices={name: Slice.whole(t) for name, t in parts.items()}))
+    found = folder.check(1)
+    averaged = found.averaged()
+    assert averaged is not None and averaged.tensors.keys() == parts.keys() - {"ema.a"}
+    assert averaged.model_dump()["tensors"]["model.a"] == found.model_dump()["tensors"]["ema.a"]
+    with StoredTensors(folder.of_step(1), averaged) as tensors:
+        assert tensors.read("model.a").tolist() == [1.0, 1.0] and tensors.read("model.frozen").tolist() == [0.0, 0.0]
+    parts |= {f"{kind}.b": torch.zeros(2) for kind in ("model", "optim.exp_avg", "optim.exp_avg_sq")}
+    save(folder, 2, TrainState(slices={name: Slice.whole(t) for name, t in parts.items()}))
+    assert folder.check(2).averaged() is None, "b has none"
+    assert averaged.averaged() is None, "it has no averages beside them"
+
+
+def test_a_manifest_cannot_say_that_a_tensor_is_another(folder: Path) -> None:
+    rewrite(folder, _tensor(_kept_as="model.b"))
+    assert read_manifest(folder).tensors["model.a"].kept_as("model.a") == "model.a"

@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from tests.unit.evaluation.lm_eval_tasks import ROWS, write_tasks
 from tests.unit.evaluation.task_helpers import SEQ_LEN, build, subject
+from trainer.checkpoint.choice import NEWEST
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation import lm_eval
@@ -133,4 +134,4 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(
         ConfigError, match=r"^--lm-eval: needs lm_eval, which is not installed; pip install 'turnout\[lm-eval\]'$"
     ):
-        evaluate_by_lm_eval(config, folder, ["a"], include_path=None, limit=None, step=None, screen=sys.stdout)
+        evaluate_by_lm_eval(config, folder, ["a"], include_path=None, limit=None, choice=NEWEST, screen=sys.stdout)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.exported_runs import make_run
+from trainer.checkpoint.choice import NEWEST
 from trainer.data.chat.chat_template import ChatRefused
 from trainer.data.chat.config import ChatTemplateConfig
 from trainer.data.chat.find_template import find_template, template_files
@@ -41,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def start(run: tuple[Any, Any]) -> Start:
     """Return what starts a conversation with the run."""
     config, folder = run
-    engine, tokenizer, _ = load_trained(config, folder, step=None, warn=print)
+    engine, tokenizer, _ = load_trained(config, folder, NEWEST, warn=print)
     template = kept_template(config, folder)
     assert template is not None
 

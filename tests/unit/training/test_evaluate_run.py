@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_training import config_of, config_of_text, final_files, kill_after, losses, train_here
+from trainer.checkpoint.choice import NEWEST
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import ConfigError
 from trainer.training.evaluate_run import evaluate_checkpoint
@@ -24,7 +25,7 @@ def test_a_run_evaluates_its_average_too_and_resumes_with_it(tmp_path: Path) -> 
     assert {key.removeprefix("eval/ema/") for key in evaluated[-1] if "/ema/" in key} == of_average
     assert all(record["eval/ema/loss"] != record["eval/loss"] for record in evaluated)
     assert f"ema {evaluated[0]['eval/ema/loss']:.3f}" in screen
-    whole = evaluate_checkpoint(config, RunFolder(run), step=None, only=None, screen=io.StringIO())
+    whole = evaluate_checkpoint(config, RunFolder(run), choice=NEWEST, only=None, screen=io.StringIO())
     assert whole["eval/ema/loss"] == pytest.approx(evaluated[-1]["eval/ema/loss"], rel=1e-6)
     files = final_files(run)
     kill_after(run, 6)

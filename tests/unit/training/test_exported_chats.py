@@ -9,6 +9,7 @@ import torch
 
 from tests.chat_templates import STYLES
 from trainer import train
+from trainer.checkpoint.choice import NEWEST
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
 from trainer.convert.hf_export import ExportOptions, export
@@ -75,7 +76,7 @@ def test_a_run_speaks_as_it_was_trained_wherever_it_is(config: ExperimentConfig,
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     special = tokenizer.special_tokens()
     assert model.generation_config.eos_token_id == [special["<|endoftext|>"], special["<|im_end|>"]]
-    engine, _, _ = load_trained(config, folder, step=None, warn=print)
+    engine, _, _ = load_trained(config, folder, NEWEST, warn=print)
     greedy, before = SamplingOptions(temperature=0), (tokenizer.end_of_document,)
     options = AnswerOptions(sampling=greedy, max_tokens=9, first_tokens=before)
     session = ChatSession(engine.model, encoder, options, system="Be terse.")
