@@ -69,6 +69,20 @@ NEVER_THERE = {
 """Only where a loss or gradient is not finite, with `init_from` (tests/unit/convert/test_init_weights.py), with
 `--branch` (tests/unit/checkpoint/test_branch.py), or with `metrics.routing_record`
 (tests/unit/routing_record/test_record_reader.py, tests/unit/training/test_routing_recorder.py)."""
+WITH_BEST = (
+    "checkpoint.best={metric: eval/expert_domain_mi, mode: min}", "train.ema={decay: 0.5}", "train.steps=15",
+    "checkpoint.every=4", "eval.every=3", "eval.max_tokens_per_domain=64",
+)  # fmt: skip
+"""The best of such a run is that of step 3, then that of step 9, the fourth that is saved: of steps 3, 4, 8, 9, 12, 15.
+Then that of step 3 is the first one to be removed, and that of step 9 stays beside the last two."""
+AROUND_THE_BEST = {
+    "phase.evaluation": 3, "phase.writing_the_evaluation": 3, "phase.saving": 4, "save.planned": 4,
+    "save.before_vote": 4, "save.voted": 4, "save.finished": 4,
+}  # fmt: skip
+REMOVING_THE_BEST = {
+    "save.before_manifest": 4, "save.before_rename": 4, "save.renamed": 4, "save.committed": 4, "prune.begin": 4,
+    "remove.out_of_sight": 1, "remove.done": 1, "prune.done": 4,
+}  # fmt: skip
 POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
 
 
@@ -79,6 +93,15 @@ def all_kills() -> list[Kill]:
         *(Kill(point, at, 0) for point, at in FIRST_RANK.items()),
         *(Kill(point, 1, victim, after_resume=True) for point in RESUMED_EVERY_RANK for victim in (0, 1, None)),
         *(Kill(point, 1, 0, after_resume=True) for point in RESUMED_FIRST_RANK),
+    ]
+
+
+def kills_around_the_best() -> list[Kill]:
+    """Return kills of a run `WITH_BEST` where a best checkpoint is found, saved, takes another's place, and stays."""
+    return [
+        *(Kill(point, at, victim) for point, at in AROUND_THE_BEST.items() for victim in (1, None)),
+        *(Kill(point, at, 0) for point, at in REMOVING_THE_BEST.items()),
+        *(Kill("prune.begin", at, 0) for at in (3, 6)),
     ]
 
 

@@ -24,7 +24,7 @@ from statistics import median
 import torch
 
 from tests.chaos.disk import FULL_AT
-from tests.chaos.kills import all_kills
+from tests.chaos.kills import all_kills, kills_around_the_best
 from tests.chaos.removed_protections import KILLED, STOPPED
 from tests.chaos.scenarios import (
     Known,
@@ -36,6 +36,7 @@ from tests.chaos.scenarios import (
     full,
     killed,
     killed_at_random,
+    killed_with_best,
     reads_epochs,
     stays_full,
     stopped,
@@ -72,6 +73,10 @@ def scenarios(*, release: bool, seed: int) -> dict[str, list[Trial]]:
     stops, spaces, rounds = (20, 10, 3) if release else (3, 1, 1)
     return {
         "kills at named places": [Trial(str(kill), killed, (kill, (2, 2))) for kill in kills],
+        "kills around the best checkpoint": [
+            Trial(str(kill), killed_with_best, (kill,))
+            for kill in (kills_around_the_best() if release else _some(random.Random(seed), kills_around_the_best(), 2))
+        ],
         "kills at random": [
             Trial(f"seed {seed + i}", killed_at_random, (num_random["kills"], seed + i, LAYOUTS[i % len(LAYOUTS)]))
             for i in range(num_random["runs"])

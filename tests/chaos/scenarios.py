@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.chaos.data import epochs
 from tests.chaos.disk import full_for_good, full_once
-from tests.chaos.kills import Kill, kill_at, kill_at_random
+from tests.chaos.kills import WITH_BEST, Kill, kill_at, kill_at_random
 from tests.chaos.rank_forker import Prepare, RankForker
 from tests.chaos.stops import stop_at_random
 from tests.chaos.workload import Outcome, Workload, outcome
@@ -68,6 +68,14 @@ def killed(worker: TrialWorker, kill: Kill, layout: tuple[int, int]) -> Report:
     """Kill at a named place."""
     workload, _, expected = worker.workload(*layout)
     return Report(wrong=kill_at(worker.forker, workload, expected, kill), figures={})
+
+
+def killed_with_best(worker: TrialWorker, kill: Kill) -> Report:
+    """Kill at a named place where the best checkpoint is saved or another one removed."""
+    workload, _, expected = worker.workload(2, 2, *WITH_BEST)
+    kept = expected.state["best"]["step"], expected.state["steps"]
+    wrong = [] if kept == (9, [9, 12, 15]) else [f"the undisturbed run keeps others: {kept}"]
+    return Report(wrong=wrong + kill_at(worker.forker, workload, expected, kill), figures={})
 
 
 def killed_at_random(worker: TrialWorker, num_kills: int, seed: int, layout: tuple[int, int]) -> Report:

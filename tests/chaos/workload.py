@@ -137,7 +137,7 @@ class Outcome:
     tensors: dict[str, str]
     """SHA-256 of every tensor of the last checkpoint."""
     state: dict[str, Any]
-    """Position and counters."""
+    """Position and counters; the best checkpoint, if one is kept."""
 
 
 def outcome(workload: Workload) -> Outcome:
@@ -154,8 +154,20 @@ def outcome(workload: Workload) -> Outcome:
         routing=(workload.run / "routing.jsonl").read_text(),
         rows=rows,
         tensors={name: digest(tensor) for name, tensor in whole(found).items()},
-        state={"step": found.step, "values": found.manifest.values, "position": found.run["position"]},
+        state={
+            **{"step": found.step, "values": found.manifest.values, "position": found.run["position"]},
+            **_best(checkpoints, found.run.get("best")),
+        },
     )
+
+
+def _best(checkpoints: CheckpointFolder, best: Any) -> dict[str, Any]:
+    """Return the best checkpoint by the last one's record, the steps that are there, and a hash of the best."""
+    if best is None:
+        return {}
+    tensors = whole(find(checkpoints, best["step"]))
+    hashed = {name: digest(tensor) for name, tensor in tensors.items()}
+    return {"best": best, "steps": checkpoints.steps(), "tensors of the best": hashed}
 
 
 def differences(workload: Workload, expected: Outcome) -> list[str]:
