@@ -32,6 +32,20 @@ FAULTS = [
         "what_if/test_prediction.py",
     ),
     in_package(
+        "an evaluation for a prediction drops nothing",
+        "what_if/evaluated_run.py",
+        "layer.capacity = capacity",
+        "layer.capacity = CapacityConfig()",
+        "what_if/test_prediction.py",
+    ),
+    in_package(
+        "a layer after drops is called exact",
+        "what_if/prediction.py",
+        "return next((layer + 1 for layer, number in enumerate(lost) if number), len(lost))",
+        "return len(lost)",
+        "what_if/test_prediction.py",
+    ),
+    in_package(
         "a trace lists scores in the order of experts",
         "training/trace_run.py",
         "scores.append(output.scores.gather(-1, order))",

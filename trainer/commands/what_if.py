@@ -3,11 +3,17 @@
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
-from trainer.commands.arguments import Subparsers, add_command, as_path, names, whole
+from trainer.checkpoint.choice import CheckpointChoice
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands.arguments import Subparsers, add_choice, add_command, as_path, choice_of, names, whole
+from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.config.nodes import shown, shown_path
 from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
 from trainer.terminal import print_safe
 
 DISPATCHERS = ("all_to_all", "padded_all_to_all", "deduplicated_all_to_all", "all_gather")
@@ -34,6 +40,9 @@ def add(subparsers: Subparsers) -> None:
     what = "FLOP/s of a rank, for a modelled step time; with --bandwidth"
     sub.add_argument("--flops", type=_positive, metavar="X", help=what)
     sub.add_argument("--bandwidth", type=_positive, metavar="X", help="bytes per second that a rank sends")
+    what = "the traced run: evaluate it, so that every MoE layer is exact, with --step and --weights as traced"
+    sub.add_argument("--run", type=as_path, metavar="RUN", help=what)
+    add_choice(sub)
     sub.add_argument("--json", action="store_true", help="print the predictions as one JSON object")
 
 
@@ -73,9 +82,13 @@ def what_if_command(options: argparse.Namespace) -> int:
                 f"--write-placement: {shown_path(options.write_placement)}: use a name that ends in .json"
             )
 
+    trace, named = options.trace, _named_run(options)
+
+    from trainer.what_if.evaluated_run import TracedRun
     from trainer.what_if.prediction_table import prediction_lines
     from trainer.what_if.scenarios import Scenarios, predict_all, write_best_placement
 
+    run = None if named is None else TracedRun(config=named[0], folder=named[1], choice=named[2])
     wanted = Scenarios(
         capacities=options.capacity,
         top_ks=options.top_k,
@@ -85,14 +98,31 @@ def what_if_command(options: argparse.Namespace) -> int:
         dispatchers=options.dispatcher,
         speeds=None if options.flops is None else (options.flops, options.bandwidth),
     )
-    predictions = predict_all(options.trace, wanted)
+    with suggest_prepare(named[0]) if named is not None else nullcontext():
+        predictions = predict_all(options.trace, wanted, run)
     said = []
     if options.write_placement is not None:
         said.append(write_best_placement(options.trace, options.ep_size[0], options.write_placement))
     if options.json:
         found = [{**asdict(one), "drop_rate": one.drop_rate} for one in predictions]
-        print(json.dumps({"trace": str(options.trace), "predictions": found}))
+        print(json.dumps({"trace": str(trace), "predictions": found}))
         return 0
     for line in [*prediction_lines(predictions), *said]:
         print_safe(line, file=sys.stdout)
     return 0
+
+
+def _named_run(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder, CheckpointChoice] | None:
+    """Return config, folder and weights of the run of `--run`; None without it.
+
+    The working directory may change to that of the run, and the paths among the options become absolute.
+    """
+    if options.run is None:
+        if options.step is not None or options.weights != "raw":
+            raise ConfigError("--step and --weights: choose weights of --run; name the traced run, or leave them out")
+        return None
+    files = [name if name in PLACEMENTS else str(Path(name).absolute()) for name in options.placement]
+    named = argparse.Namespace(config=options.run, overrides=[], step=options.step, weights=options.weights)
+    config, folder = existing_run(named, other_options=options)
+    options.placement = files
+    return config, folder, choice_of(named)

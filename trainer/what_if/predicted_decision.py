@@ -1,7 +1,12 @@
 """Decide for traced tokens at another k and capacity, by the code that training uses.
 
-# T tokens, k experts per token, A assignments, m experts listed for each token.
+# T tokens, k experts per token, A assignments, L MoE layers, m experts listed for each token.
 """
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.moe.capacity import limit_to_capacity
@@ -9,6 +14,27 @@ from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routers.top_k import normalized
 from trainer.moe.routing import RoutingDecision
 from trainer.what_if.traced_passes import Trace, TracedPass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecidedPass:
+    """What the L MoE layers decide in one forward pass, after drops."""
+
+    traced: TracedPass
+    decisions: Sequence[RoutingDecision]
+
+    def dropped(self, layer: int, among: Tensor) -> int:
+        """Return the number of dropped assignments of some tokens (T,)."""
+        decision = self.decisions[layer]
+        return int((among[decision.token_index] & ~decision.kept).sum())
+
+
+def decide_from_trace(trace: Trace, *, top_k: int, capacity: CapacityConfig) -> Iterator[DecidedPass]:
+    """Yield what each pass decides, if every layer had the input that it had in the trace."""
+    layers = range(len(trace.model.moe_layers))
+    for traced in trace.passes():
+        decisions = [predicted_decision(trace, traced, layer, top_k=top_k, capacity=capacity) for layer in layers]
+        yield DecidedPass(traced=traced, decisions=decisions)
 
 
 def predicted_decision(

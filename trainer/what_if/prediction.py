@@ -3,16 +3,19 @@
 # L MoE layers, E experts, G ranks of an expert-parallel group, N steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from trainer.moe.layer_options import CapacityConfig
 from trainer.what_if.dispatch_traffic import SendingDispatcher, copies_to_ranks, rows_to_ranks, sent_rows
-from trainer.what_if.predicted_decision import predicted_decision
+from trainer.what_if.predicted_decision import DecidedPass
 from trainer.what_if.traced_passes import Trace, TracedPass
+
+_WITHOUT_ACTIVATIONS: Final = ("hash", "random", "round_robin")
+"""Routers that decide alike whatever the layers before them did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,16 @@ class PlacedExperts:
     num_ranks: int
     owner: Tensor
     """(L, E) rank of each expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayoutOptions:
+    """Layouts whose load and traffic are predicted."""
+
+    places: Sequence[PlacedExperts] = ()
+    dispatchers: Sequence[SendingDispatcher] = ()
+    hardware: Hardware | None = None
+    """None: no time is modelled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +77,10 @@ class Prediction:
     """(L,) of counted tokens, before drops."""
     dropped: list[int]
     """(L,) of them, over capacity."""
+    exact_layers: int
+    """The first so many MoE layers are as an evaluation would have them; all of them, if it was one."""
+    estimate: list[int] | None = None
+    """(L,) drops by the trace alone, beside those of an evaluation."""
     layouts: list[LayoutPrediction] = field(default_factory=list)
 
     @property
@@ -102,52 +119,54 @@ def expert_loads(trace: Trace) -> Tensor:
 
 def predict(
     trace: Trace,
+    passes: Iterable[DecidedPass],
     *,
-    capacity: CapacityConfig,
+    capacity: float | None,
     top_k: int,
-    places: Sequence[PlacedExperts],
-    dispatchers: Sequence[SendingDispatcher],
-    hardware: Hardware | None = None,
+    is_evaluated: bool,
+    layouts: LayoutOptions,
 ) -> Prediction:
-    """Predict what a capacity and a k would do with the tokens of a trace, under several placements."""
+    """Sum up what a capacity and a k do with the tokens of a trace, under several placements."""
     layers = len(trace.model.moe_layers)
-    assignments, dropped = [0] * layers, [0] * layers
-    traffic, static_rows = [_Traffic(place=place) for place in places], None
-    for traced in trace.passes():
+    assignments, dropped, lost = [0] * layers, [0] * layers, [0] * layers  # lost: of all tokens, also not counted
+    traffic, static_rows = [_Traffic(place=place) for place in layouts.places], None
+    for each in passes:
+        traced = each.traced
         cells = [one.cells(traced) for one in traffic]
-        for layer in range(layers):
-            decision = predicted_decision(trace, traced, layer, top_k=top_k, capacity=capacity)
+        for layer, decision in enumerate(each.decisions):
             static_rows = decision.capacity
             is_counted = traced.counted[decision.token_index]
             assignments[layer] += int((is_counted & (decision.expert_index < decision.num_experts)).sum())
-            dropped[layer] += int((is_counted & ~decision.kept).sum())
+            dropped[layer] += each.dropped(layer, traced.counted)
+            lost[layer] += each.dropped(layer, traced.context.valid)
             for one, (rows, copies) in zip(traffic, cells, strict=True):
                 owner, size = one.place.owner[layer], one.place.num_ranks
                 rows[layer] += rows_to_ranks(decision, owner, size)
                 copies[layer] += copies_to_ranks(decision, owner, size)
+    has_own_inputs = is_evaluated or trace.model.router in _WITHOUT_ACTIVATIONS
     return Prediction(
-        capacity=capacity.factor,
+        capacity=capacity,
         top_k=top_k,
         assignments=assignments,
         dropped=dropped,
-        layouts=[_layout(trace, one, dispatchers, static_rows, hardware) for one in traffic],
+        exact_layers=layers if has_own_inputs else _unchanged(lost) if top_k == trace.model.top_k else 1,
+        layouts=[_layout(trace, one, layouts, static_rows) for one in traffic],
     )
 
 
-def _layout(
-    trace: Trace,
-    traffic: _Traffic,
-    dispatchers: Sequence[SendingDispatcher],
-    static_rows: int | None,
-    hardware: Hardware | None,
-) -> LayoutPrediction:
+def _unchanged(lost: Sequence[int]) -> int:
+    """Return how many layers have the input of the trace: the first one, and those before which nothing was dropped."""
+    return next((layer + 1 for layer, number in enumerate(lost) if number), len(lost))
+
+
+def _layout(trace: Trace, traffic: _Traffic, options: LayoutOptions, static_rows: int | None) -> LayoutPrediction:
     """Sum up what a layout does."""
     facts, place = trace.facts, traffic.place
     rows, copies = torch.stack(list(traffic.rows.values())), torch.stack(list(traffic.copies.values()))  # (N, L, G, G)
     at_rank, tokens = rows.sum(2), facts.rows_per_pass * facts.row_length  # (N, L, G)
     busiest = at_rank.amax(-1) / at_rank.double().mean(-1).clamp(min=1 / place.num_ranks)  # (N, L)
     sent: dict[str, Tensor] = {}  # (N, L, G) by dispatcher
-    for dispatcher in dispatchers:
+    for dispatcher in options.dispatchers:
         of_steps = [
             [
                 sent_rows(dispatcher, *parts, tokens=tokens, capacity=static_rows)
@@ -157,6 +176,7 @@ def _layout(
         ]
         sent[dispatcher] = torch.stack([torch.stack(layers) for layers in of_steps])
     row_bytes = facts.d_model * facts.value_bytes
+    hardware = options.hardware
     times = {} if hardware is None else {name: _step_ms(trace, at_rank, s, hardware) for name, s in sent.items()}
     return LayoutPrediction(
         placement=place.name,

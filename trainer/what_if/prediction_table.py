@@ -7,10 +7,15 @@ from trainer.what_if.prediction import Prediction
 
 def prediction_lines(predictions: Sequence[Prediction]) -> Iterator[str]:
     """Yield lines: drops by capacity and k, then each layout."""
-    yield f"{'capacity':>9} {'k':>3} {'drop rate':>10} {'first MoE layer':>16}"
+    has_estimates = any(p.estimate is not None for p in predictions)
+    head = f"{'capacity':>9} {'k':>3} {'drop rate':>10} {'first MoE layer':>16} {'exact layers':>13}"
+    yield f"{head} {'by the trace alone':>19}" if has_estimates else head
     for p in predictions:
-        first = p.dropped[0] / max(1, p.assignments[0])
-        yield f"{_capacity(p):>9} {p.top_k:>3} {p.drop_rate:>10.4%} {first:>16.4%}"
+        first, exact = p.dropped[0] / max(1, p.assignments[0]), f"{p.exact_layers} of {len(p.dropped)}"
+        line = f"{_capacity(p):>9} {p.top_k:>3} {p.drop_rate:>10.4%} {first:>16.4%} {exact:>13}"
+        yield line if p.estimate is None else f"{line} {sum(p.estimate) / max(1, sum(p.assignments)):>19.4%}"
+    if any(p.exact_layers < len(p.dropped) for p in predictions):
+        yield "other layers are estimates, from the inputs that they had in the trace; --run RUN evaluates them"
     if not any(p.layouts for p in predictions):
         return
     yield ""

@@ -1,7 +1,7 @@
 """Predict every combination of settings from a trace."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -10,6 +10,7 @@ import torch
 
 from trainer.config.nodes import shown, shown_path
 from trainer.errors import ConfigError, ResourceError
+from trainer.moe.layer_options import CapacityConfig
 from trainer.parallel.expert_placement import (
     busiest_over_mean,
     contiguous_placement,
@@ -20,8 +21,16 @@ from trainer.parallel.expert_placement import (
 )
 from trainer.parallel.placement_programme import greedy_placement, solve_placement
 from trainer.what_if.dispatch_traffic import SendingDispatcher
-from trainer.what_if.predicted_decision import check_top_ks
-from trainer.what_if.prediction import Hardware, PlacedExperts, Prediction, expert_loads, predict
+from trainer.what_if.evaluated_run import EvaluatedRun, TracedRun
+from trainer.what_if.predicted_decision import check_top_ks, decide_from_trace
+from trainer.what_if.prediction import (
+    Hardware,
+    LayoutOptions,
+    PlacedExperts,
+    Prediction,
+    expert_loads,
+    predict,
+)
 from trainer.what_if.traced_passes import Trace
 
 CapacityPolicy = Literal["position", "choice_major", "probability", "random"]
@@ -45,12 +54,15 @@ class Scenarios:
     """FLOP/s, and bytes per second, of a rank."""
 
 
-def predict_all(folder: Path, wanted: Scenarios) -> list[Prediction]:
+def predict_all(folder: Path, wanted: Scenarios, run: TracedRun | None = None) -> list[Prediction]:
     """Return a prediction for each capacity and k, with the layouts of each.
+
+    Given the traced run, it is evaluated at each of them; by the trace alone, later layers are estimates.
 
     Raises:
         ConfigError: if the trace cannot tell.
-        DataError: if it is damaged.
+        CheckpointError: if the run has no such weights.
+        DataError: if it is damaged, or of other text or weights than the run's.
     """
     trace = Trace(folder)
     top_ks = [trace.model.top_k] if wanted.top_ks is None else list(wanted.top_ks)
@@ -58,22 +70,30 @@ def predict_all(folder: Path, wanted: Scenarios) -> list[Prediction]:
     capacities = [trace.facts.capacity.factor] if wanted.capacities is None else wanted.capacities
     if "padded_all_to_all" in wanted.dispatchers and None in capacities:
         raise ConfigError("--dispatcher: padded_all_to_all needs a capacity; give --capacity without none")
-    places, given = _places(trace, wanted), trace.facts.capacity
+    given = trace.facts.capacity
     if wanted.policy is not None:
         given = given.model_copy(update={"policy": wanted.policy})
     hardware = None if wanted.speeds is None else Hardware(flops=wanted.speeds[0], bandwidth=wanted.speeds[1])
+    layouts = LayoutOptions(places=_places(trace, wanted), dispatchers=wanted.dispatchers, hardware=hardware)
+    evaluated = None if run is None else run.load(trace)
     return [
-        predict(
-            trace,
-            capacity=given.model_copy(update={"factor": factor}),
-            top_k=top_k,
-            places=places,
-            dispatchers=wanted.dispatchers,
-            hardware=hardware,
-        )
+        _predicted(trace, given.model_copy(update={"factor": factor}), top_k, layouts, evaluated)
         for factor in capacities
         for top_k in top_ks
     ]
+
+
+def _predicted(
+    trace: Trace, capacity: CapacityConfig, top_k: int, layouts: LayoutOptions, run: EvaluatedRun | None
+) -> Prediction:
+    """Predict by the trace; or by an evaluation of its run, beside the drops that the trace alone would say."""
+    estimated, factor = decide_from_trace(trace, top_k=top_k, capacity=capacity), capacity.factor
+    if run is None:
+        return predict(trace, estimated, capacity=factor, top_k=top_k, is_evaluated=False, layouts=layouts)
+    passes = run.passes(top_k=top_k, capacity=capacity)
+    exact = predict(trace, passes, capacity=factor, top_k=top_k, is_evaluated=True, layouts=layouts)
+    alone = predict(trace, estimated, capacity=factor, top_k=top_k, is_evaluated=False, layouts=LayoutOptions())
+    return replace(exact, estimate=alone.dropped)
 
 
 def _places(trace: Trace, wanted: Scenarios) -> list[PlacedExperts]:

@@ -73,6 +73,7 @@ class Trace:
         facts, shape = self.facts, (self.facts.rows_per_pass, self.facts.row_length)
         listed_shape = (*shape, len(self.model.moe_layers), facts.num_ranked or self.model.top_k)
         listed, valid, counted = np.zeros(listed_shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+        token_ids = np.zeros(shape, np.int64)
         values = np.zeros(listed_shape, np.dtype(facts.score_dtype))
         for row, number in enumerate(numbers):
             sequence = self.record.sequence(number)
@@ -80,12 +81,12 @@ class Trace:
             if length > facts.row_length or len(sequence.experts) != length:
                 raise DataError(f"{self.record.place(number)}: is no row of {facts.row_length} positions; trace again")
             valid[row, :length], counted[row, :length] = True, traced["is_counted"]
+            token_ids[row, :length] = sequence.tokens
             parts = [sequence.experts, traced["further_experts"]] if facts.num_ranked else [sequence.experts]
             listed[row, :length] = np.concatenate(parts, -1)
             values[row, :length] = traced["scores" if facts.num_ranked else "combine_weights"]
-        tokens = shape[0] * shape[1]
         context = RoutingContext(
-            token_ids=torch.zeros(tokens, dtype=torch.int64),
+            token_ids=torch.from_numpy(token_ids).flatten(),
             valid=torch.from_numpy(valid).flatten(),
             position=torch.arange(shape[1]).repeat(shape[0]),
             sequence_index=torch.arange(shape[0]).repeat_interleave(shape[1]),

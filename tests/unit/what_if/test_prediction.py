@@ -4,6 +4,7 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from trainer.data.batches.assemble import row_slice
 from trainer.data.batches.evaluation import evaluation_batches
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import RoutingSums
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.lab.costs.message_counter import MessageCounter
 from trainer.moe.routing import RoutingDecision
 from trainer.training.routing_recorder import facts_of
 from trainer.training.run import RunState
 from trainer.training.setup import build_run
 from trainer.training.trace_run import TraceOptions, record_trace
+from trainer.what_if.evaluated_run import EvaluatedRun
 from trainer.what_if.predicted_decision import predicted_decision
 from trainer.what_if.prediction import Prediction
 from trainer.what_if.scenarios import Scenarios, predict_all
@@ -34,7 +36,8 @@ from trainer.what_if.traced_passes import Trace
 TOKENS = 16 * 20  # seven passes of three rows of 16, the last of two rows; the last step of two ranks has one pass
 SKEWED = "model.init_std=1.0"  # so that experts overflow
 ONE_LAYER = "model.moe.layers=[1]"
-DISPATCHERS = ("all_to_all", "deduplicated_all_to_all", "all_gather", "padded_all_to_all")
+PADDED = "padded_all_to_all"
+DISPATCHERS = ("all_to_all", "deduplicated_all_to_all", "all_gather", PADDED)
 
 
 def _sources(folder: Path) -> list[str]:
@@ -94,9 +97,21 @@ def _watched(run: RunState) -> list[RoutingDecision]:
     return found
 
 
-def _predicted(trace: Path, **wanted: Any) -> Prediction:
-    (found,) = predict_all(trace, Scenarios(**wanted))
+def _predicted(trace: Path, run: RunState | None = None, **wanted: Any) -> Prediction:
+    """Predict by a trace alone, or by an evaluation of its run."""
+    traced = None if run is None else _Loaded(run)
+    (found,) = predict_all(trace, Scenarios(**wanted), traced)  # type: ignore[arg-type]
     return found
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A `TracedRun` whose weights need no checkpoint."""
+
+    run: RunState
+
+    def load(self, trace: Trace) -> EvaluatedRun:
+        return EvaluatedRun(trace, self.run.config, self.run.engine, self.run.corpus)
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +152,43 @@ def test_the_first_of_several_layers_is_exact(folder: Path) -> None:
     """What it drops changes the input of the next, which a trace cannot know; its prediction is by the given input."""
     real = _evaluated(_built(folder, "model.moe.capacity={factor: 0.75}", "name=real"))
     found = _predicted(folder / "t", capacities=[0.75])
-    assert found.dropped[0] == real.dropped[0] > 0
+    assert found.dropped[0] == real.dropped[0] > 0 and found.exact_layers == 1
     assert found.assignments == real.counts.sum(1).tolist()
     nothing = _predicted(folder / "t", capacities=[None])
-    assert nothing.dropped == [0, 0] and nothing.drop_rate == 0
+    assert nothing.dropped == [0, 0] and nothing.drop_rate == 0 and nothing.exact_layers == 2
+    assert _predicted(folder / "t", capacities=[None], top_ks=[1]).exact_layers == 1
+
+
+@pytest.mark.parametrize("policy", ["position", "probability"])
+def test_with_its_run_every_layer_is_exact(folder: Path, policy: str) -> None:
+    """The run is evaluated; beside it stands what the trace alone would say, wrong for the second layer."""
+    traced, capacity = _built(folder, "name=again"), f"model.moe.capacity={{policy: {policy}, min: 1, scope: rank}}"
+    wrong = 0
+    (folder / policy).mkdir()
+    trace = _traced(folder / policy, "name=traced", capacity)
+    for factor, top_k in ((0.5, 2), (1.0, 1), (0.75, 3)):
+        real = _evaluated(_built(folder, "name=real", capacity, f"model.moe.capacity.factor={factor}"), top_k=top_k)
+        found = _predicted(trace, traced, capacities=[factor], top_ks=[top_k])
+        alone = _predicted(trace, capacities=[factor], top_ks=[top_k])
+        assert found.dropped == real.dropped.tolist() and found.assignments == real.counts.sum(1).tolist()
+        assert found.drop_rate == float(real.dropped.sum()) / float(real.counts.sum()) > 0
+        assert (found.exact_layers, alone.exact_layers, found.estimate) == (2, 1, alone.dropped)
+        wrong += alone.dropped[1] != found.dropped[1]
+    assert wrong, "an estimate is one"
+    assert traced.engine.model.moe_layers()[0].capacity.factor is None, "the model is as it was"
+
+
+def test_a_run_that_is_not_the_traced_one_is_noticed(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"--run: MoE layer 0 chooses other experts than the trace has, which was made"):
+        _predicted(folder / "t", _built(folder, "name=real", "seed=1"), capacities=[0.75])
+    run = _built(folder, "name=later")
+    with torch.no_grad():
+        run.engine.parameters["blocks.1.ffn.router.gate.weight"].neg_()
+    with pytest.raises(DataError, match=r"--run: MoE layer 1 chooses other experts"):
+        _predicted(folder / "t", run, capacities=[0.75])
+    other = _built(folder, "name=other", "data.split.fraction=0.3")
+    with pytest.raises(DataError, match=r"--run: the run reads other text than the trace has"):
+        _predicted(folder / "t", other, capacities=[0.75])
 
 
 def test_a_router_without_scores_has_its_own_k_only(folder: Path) -> None:
@@ -148,9 +196,8 @@ def test_a_router_without_scores_has_its_own_k_only(folder: Path) -> None:
     hashed = "model.moe.router={kind: hash, top_k: 2}", "model.moe.balance.coef=0"
     trace = _traced(folder / "hash", "name=traced", *hashed, num_ranked=None)
     real = _evaluated(_built(folder / "hash", "name=real", *hashed, "model.moe.capacity.factor=0.75"))
-    assert _predicted(trace, capacities=[0.75]).dropped == real.dropped.tolist(), (
-        "of all layers: it reads no activations"
-    )
+    found = _predicted(trace, capacities=[0.75])
+    assert found.dropped == real.dropped.tolist() and found.exact_layers == 2, "it reads no activations"
     assert min(real.dropped.tolist()) > 0
     with pytest.raises(ConfigError, match=r"--top-k: hash does not rank experts .* has only the 2 that it chose"):
         _predicted(trace, top_ks=[1])
@@ -170,11 +217,11 @@ def test_a_balanced_placement_is_beside_the_contiguous_one(folder: Path) -> None
     assert found[0].rows_per_rank != found[1].rows_per_rank
 
 
-def _on_ranks(folder: Path, dispatcher: str, factor: float | None) -> tuple[list[int], int]:
+def _on_ranks(folder: Path, dispatcher: str, factor: float | None, *more: str) -> tuple[list[int], int]:
     """Return the rows that the experts of this rank compute in an evaluation, by layer, and the bytes it sends."""
     overrides = [f"parallel.dispatcher={dispatcher}", "parallel.ep_size=2", "name=real"]
     if factor is not None:
-        overrides += [f"model.moe.capacity.factor={factor}", ONE_LAYER]
+        overrides += [f"model.moe.capacity.factor={factor}", *more]
     run = _built(folder, *overrides, mesh=mesh_here(ep_size=2))
     layers = run.engine.model.moe_layers()
     rows = [0] * len(layers)
@@ -194,23 +241,23 @@ def _on_ranks(folder: Path, dispatcher: str, factor: float | None) -> tuple[list
 
 def _all_on_ranks(folder: Path) -> dict[str, tuple[list[int], int]]:
     """Evaluate by every dispatcher, dropless but for the padded one, which has static sizes with a capacity only."""
-    return {
-        name: _on_ranks(folder / ("sequence" if name.startswith("padded") else ""), f"{{kind: {name}}}", factor)
-        for name in DISPATCHERS
-        for factor in [0.75 if name.startswith("padded") else None]
-    }
+    found = {name: _on_ranks(folder, f"{{kind: {name}}}", None) for name in DISPATCHERS if name != PADDED}
+    found[PADDED] = _on_ranks(folder / "sequence", f"{{kind: {PADDED}}}", 0.75, ONE_LAYER)
+    return {**found, "both layers": _on_ranks(folder, "{kind: all_to_all}", 0.75)}
 
 
 def test_rows_of_ranks_and_bytes_equal_the_real_ones(folder: Path, ranks: Ranks) -> None:
     found = ranks.run(2, _all_on_ranks, folder)
     steps = 2 * 4  # of two passes, but for the last one of each domain
-    for name in DISPATCHERS:
-        is_padded = name.startswith("padded")
-        wanted: dict[str, Any] = {"ep_sizes": [2], "dispatchers": [name], "capacities": [0.75 if is_padded else None]}
-        (layout,) = _predicted(folder / ("sequence/t" if is_padded else "t"), **wanted).layouts
+    for name in found[0]:
+        is_dropless = name not in (PADDED, "both layers")
+        kind = name if name in DISPATCHERS else "all_to_all"
+        wanted: dict[str, Any] = {"ep_sizes": [2], "dispatchers": [kind], "capacities": [None if is_dropless else 0.75]}
+        run = _built(folder, "name=again") if name == "both layers" else None
+        (layout,) = _predicted(folder / ("sequence/t" if name == PADDED else "t"), run, **wanted).layouts
         real = torch.tensor([rows for rows, _ in (rank[name] for rank in found)]).t()
         assert layout.rows_per_rank == real.tolist() and real[0, 0] != real[0, 1], name
-        assert layout.bytes_per_step[name] * steps * 2 == sum(rank[name][1] for rank in found), name
+        assert layout.bytes_per_step[kind] * steps * 2 == sum(rank[name][1] for rank in found), name
 
 
 def test_a_modelled_step_follows_its_formula(folder: Path) -> None:

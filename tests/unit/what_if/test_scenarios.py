@@ -34,9 +34,16 @@ def test_every_combination_is_predicted_and_what_cannot_be_is_refused(
     (ones,) = {sum(layout["rows_per_rank"][0]) for layout in found[1]["layouts"]}
     assert ones == 2 * tokens, "every row is on some rank"
     lines = said([*options, "--flops", "1e9", "--bandwidth", "1e9"], capsys).splitlines()
-    assert (
-        len(lines) == 1 + 4 + 1 + 1 + 8 and "step ms (model)" in lines[6] and " none   2   2 contiguous " in lines[10]
-    )
+    assert len(lines) == 1 + 4 + 1 + 1 + 1 + 8 and "other layers are estimates" in lines[5]
+    assert "step ms (model)" in lines[7] and " none   2   2 contiguous " in lines[11]
+    assert [line.split()[-3:] for line in lines[1:5]] == [[n, "of", "2"] for n in "1211"]
+    exact = json.loads(said([*options, "--json", "--run", str(run), "--step", "0"], capsys))["predictions"]
+    assert all(one["exact_layers"] == 2 for one in exact)
+    assert [one["estimate"] for one in exact] == [one["dropped"] for one in found]
+    table = said([*options, "--run", str(run)], capsys).splitlines()
+    assert table[0].endswith("by the trace alone") and table[1].split()[2:7] == ["0.0000%", "0.0000%", "2", "of", "2"]
+    assert "choose weights of --run" in said(["what-if", trace, "--step", "0"], capsys, code=2)
+    assert "has no moving average" in said(["what-if", trace, "--run", str(run), "--weights", "ema"], capsys, code=4)
     assert "is none of contiguous, round_robin, greedy, balanced, nor" in said(
         ["what-if", trace, "--placement", "x"], capsys, code=2
     )
