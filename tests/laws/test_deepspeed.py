@@ -18,6 +18,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
+from trainer.engine.base import StepResult
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import NumericsConfig, StepEngine
@@ -76,11 +77,17 @@ def _batches(engine: StepEngine, step: int, num_pieces: int) -> list[Batch]:
     return [rows_of(mine, *even_slice(rows, num_pieces, piece)) for piece in range(num_pieces)]
 
 
-def _train(engine: StepEngine, first: int, last: int, num_pieces: int = 1) -> list[tuple[float, float]]:
+def _train(engine: StepEngine, first: int, last: int, num_pieces: int = 1) -> list[list[float]]:
+    """Return loss, gradient norm, and the squared norm of each router's gradient, of some steps."""
     results = (
         engine.train_step(_batches(engine, step, num_pieces), lr=1e-2 / (1 + step)) for step in range(first, last)
     )
-    return [(result.loss, result.grad_norm) for result in results]
+    return [[result.loss, result.grad_norm, *_router_squares(result)] for result in results]
+
+
+def _router_squares(result: StepResult) -> list[float]:
+    squares = None if result.routing is None else result.routing.router_squares
+    return [] if squares is None else squares.tolist()
 
 
 def _whole(engine: StepEngine) -> dict[str, torch.Tensor]:
@@ -109,7 +116,8 @@ def test_its_steps_are_those_of_the_native_engine(
     """Loss, norm, weights and moments of five clipped steps."""
     tolerance = TOLERANCES[dtype]
     native, state = ranks.run(world_size, _run, Where(world_size, ep_size), dtype, 5, num_pieces)[0]
-    assert all(norm > CLIP for _, norm in native), "every step is clipped"
+    assert all(norm > CLIP for _, norm, *_ in native), "every step is clipped"
+    assert all(len(numbers) == 4 and min(numbers[2:]) > 0 for numbers in native), "of both routers"
     for stage in (1, 2):
         mine, found = ranks.run(world_size, _run, Where(world_size, ep_size, stage), dtype, 5, num_pieces)[0]
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(native), rtol=tolerance, atol=0)
@@ -277,7 +285,7 @@ def test_every_option_that_is_handed_on_runs_and_changes_nothing(
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(without_options), rtol=1e-5, atol=0)
 
 
-def _closed(where: Where) -> tuple[list[str], int, list[tuple[float, float]]]:
+def _closed(where: Where) -> tuple[list[str], int, list[list[float]]]:
     """What an engine leaves on its model, and the steps that a native one takes with it afterwards."""
     mesh = mesh_here(ep_size=where.ep_size)
     with closing(make_engine_of(where.section, tiny_model_config(MOE), seed=5, grad_clip=CLIP, mesh=mesh)) as engine:
@@ -294,4 +302,4 @@ def _closed(where: Where) -> tuple[list[str], int, list[tuple[float, float]]]:
 def test_a_closed_engine_leaves_the_model_to_others(ranks: Ranks) -> None:
     for left, hooks, losses in ranks.run(2, _closed, Where(2, 2, 2)):
         assert (left, hooks) == ([], 0)
-        assert all(math.isfinite(loss) for loss, _ in losses)
+        assert all(math.isfinite(loss) for loss, *_ in losses)

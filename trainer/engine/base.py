@@ -56,8 +56,6 @@ class RoutingSums(TensorSums):
     """(L,) squared norms of the routers' gradients in float64, NaN for frozen ones; None: not measured."""
     prob_sum: Tensor | None = None
     """(L, E) router probabilities, or (L, E + 1) with null experts; None if the router has none."""
-    bias: Tensor | None = None
-    """(L, E) selection biases, or (L, E + 1); None if the routers have none. No sums: for the copy to the host."""
 
     @classmethod
     def of(cls, moe: Sequence[MoEStats]) -> "RoutingSums | None":
@@ -159,11 +157,12 @@ class Engine(ABC):
         lr: float,
         skip_above: float | None = None,
         return_experts: bool = False,
+        with_router_norms: bool = True,
     ) -> StepResult:
         """Take one optimizer step over the global batch that the micro-batches form.
 
         All ranks skip the update if loss or gradient is not finite, or if the loss exceeds `skip_above`. With
-        `return_experts`, the router has a fixed k.
+        `return_experts`, the router has a fixed k. `with_router_norms` measures each router's gradient, for a log.
         """
 
     @abstractmethod

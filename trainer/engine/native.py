@@ -43,7 +43,6 @@ class NativeEngine(StepEngine):
         scale_rates(self.optimizer, {p: self.rate_factors[name] for name, p in self.learning.items()})
         self._dense = [p for name, p in self.learning.items() if name not in self.expert_numbers]
         self._experts = [p for name, p in self.learning.items() if name in self.expert_numbers]
-        self._routers = [list(moe.router.parameters()) for moe in model.moe_layers()]
         self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)
             for parameters, group in ((self._dense, self.mesh.world), (self._experts, self.mesh.edp))
@@ -58,10 +57,12 @@ class NativeEngine(StepEngine):
             }
         )
 
-    def accumulate(self, micro_batches: Sequence[Batch], *, return_experts: bool = False) -> Accumulated:
+    def accumulate(
+        self, micro_batches: Sequence[Batch], *, return_experts: bool = False, with_router_norms: bool = True
+    ) -> Accumulated:
         """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet."""
         with step_of(self.model):
-            return super().accumulate(micro_batches, return_experts=return_experts)
+            return super().accumulate(micro_batches, return_experts=return_experts, with_router_norms=with_router_norms)
 
     def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
         if torch.is_grad_enabled():
@@ -89,15 +90,10 @@ class NativeEngine(StepEngine):
                 square = square + square_norm(gradients)
         return square
 
-    def _router_squares(self) -> Tensor:
-        """Return this rank's part of the squared norm of each router's gradient (L,), NaN for frozen ones."""
-        is_first, none = self.mesh.layout.rank == 0, torch.zeros((), dtype=torch.float64, device=self.device)
-        squares = []
-        for parameters in self._routers:
-            gradients = _counted(parameters, is_first=is_first)
-            square = square_norm(gradients) if gradients else none
-            squares.append(square if any(p.requires_grad for p in parameters) else none / 0)
-        return torch.stack(squares) if squares else none[None]
+    def _counted_gradients(self, names: Set[str]) -> dict[str, list[Tensor]]:
+        """Return this rank's gradients of some dense weights that count for a norm over all ranks."""
+        is_first = self.mesh.layout.rank == 0
+        return {name: _counted([self.learning[name]], is_first=is_first) for name in names}
 
     def _update(self, lr: float, grad_norm: float) -> None:
         """Clip, update and discard the gradient."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import Group
+from trainer.engine.base import RoutingSums
 from trainer.models.gpt import GPTOutput
 from trainer.moe.losses import Objective
 from trainer.ops.tensor_sums import as_message, from_message
@@ -68,6 +69,23 @@ class StepTotals:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accumulated:
+    """State of a step between its last backward pass and its update; sums are over all ranks."""
+
+    total: StepTotals
+    local_objective: Tensor
+    """This rank's share of the objective."""
+    choices: Tensor
+    """(L, E) assignments counted by the balance loss; (L, E + 1) with null experts."""
+    routing: RoutingSums | None
+    grad_norm: Tensor
+    """2-norm of the whole gradient in float64; every weight is counted once, however many ranks hold it."""
+    num_tokens: int
+    experts: Sequence[Tensor] = ()
+    """(B, S, L, k) experts of each micro-batch, if requested."""
+
+
 def square_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the squared 2-norm of all these gradients together, in float64."""
     return torch.nn.utils.get_total_norm(gradients, foreach=True).double().square()
@@ -81,3 +99,14 @@ def all_reduce_packed(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
 def read_numbers(numbers: Mapping[str, Tensor]) -> dict[str, float]:
     """Copy scalars to the host, all at once: a single wait for the device."""
     return dict(zip(numbers, torch.stack([number.double() for number in numbers.values()]).tolist(), strict=True))
+
+
+def group_squares(
+    groups: Sequence[Sequence[str]], pieces: Mapping[str, Sequence[Tensor]], device: torch.device
+) -> Tensor:
+    """Return the squared norm of each group of named gradients (L,), in float64; NaN for a group of none."""
+    none, squares = torch.zeros((), dtype=torch.float64, device=device), []
+    for names in groups:
+        here = [piece for name in names for piece in pieces.get(name, ())]
+        squares.append(square_norm(here).to(device) if here else none if names else none / 0)
+    return torch.stack(squares)

@@ -9,7 +9,7 @@ counted before the first forward pass. No factor of the number of micro-batches 
 import contextlib
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -22,7 +22,7 @@ from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.engine.config import EMAConfig
 from trainer.engine.global_stats import GlobalStats
 from trainer.engine.nonfinite import Findings, describe_findings
-from trainer.engine.reduce import StepTotals, all_reduce_packed, read_numbers
+from trainer.engine.reduce import Accumulated, StepTotals, all_reduce_packed, group_squares, read_numbers
 from trainer.engine.weight_average import WeightAverage
 from trainer.models.freeze import is_frozen, rate_factors
 from trainer.models.gpt import GPT, GPTOutput
@@ -48,23 +48,6 @@ class NumericsConfig:
     """Moving average of the weights; None: none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accumulated:
-    """State of a step between its last backward pass and its update; sums are over all ranks."""
-
-    total: StepTotals
-    local_objective: Tensor
-    """This rank's share of the objective."""
-    choices: Tensor
-    """(L, E) assignments counted by the balance loss; (L, E + 1) with null experts."""
-    routing: RoutingSums | None
-    grad_norm: Tensor
-    """2-norm of the whole gradient in float64; every weight is counted once, however many ranks hold it."""
-    num_tokens: int
-    experts: Sequence[Tensor] = ()
-    """(B, S, L, k) experts of each micro-batch, if requested."""
-
-
 class StepEngine(Engine):
     """Runs the micro-batches, reduces the small sums and decides on the update; subclasses hold the gradients."""
 
@@ -76,6 +59,10 @@ class StepEngine(Engine):
         self.rate_factors = rate_factors(model, numerics.lr_scale)
         self.losses = None if self.moe_config is None else self.moe_config.aux_losses
         self.global_stats = GlobalStats(self.losses, mesh.world)
+        name_of = {p: name for name, p in self.learning.items()}
+        routers = [layer.router for layer in model.moe_layers()]
+        self._routers = [[name_of[p] for p in router.parameters() if p in name_of] for router in routers]
+        """Names of each router's weights that learn."""
 
     # Gradients: implemented by each engine
 
@@ -91,9 +78,9 @@ class StepEngine(Engine):
     def _reduce_gradients(self) -> Tensor:
         """Finish the reduction of gradients over ranks; return this rank's part of the squared norm, in float64."""
 
-    def _router_squares(self) -> Tensor | None:
-        """Return this rank's parts of the squared norm of each router's gradient (L,); None: not measured."""
-        return None
+    @abstractmethod
+    def _counted_gradients(self, names: Set[str]) -> Mapping[str, Sequence[Tensor]]:
+        """Return this rank's pieces of some reduced gradients: over all ranks, each element is there once."""
 
     @abstractmethod
     def _update(self, lr: float, grad_norm: float) -> None:
@@ -116,12 +103,15 @@ class StepEngine(Engine):
         lr: float,
         skip_above: float | None = None,
         return_experts: bool = False,
+        with_router_norms: bool = True,
     ) -> StepResult:
         """Take one optimizer step over the micro-batches."""
-        step = self.accumulate(micro_batches, return_experts=return_experts)
+        step = self.accumulate(micro_batches, return_experts=return_experts, with_router_norms=with_router_norms)
         return self.apply(step, lr=lr, skip_above=skip_above)
 
-    def accumulate(self, micro_batches: Sequence[Batch], *, return_experts: bool = False) -> Accumulated:
+    def accumulate(
+        self, micro_batches: Sequence[Batch], *, return_experts: bool = False, with_router_norms: bool = True
+    ) -> Accumulated:
         """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet.
 
         If rows exceed the budget of a dispatcher, the gradient is dropped and computed again with exact sizes.
@@ -131,15 +121,15 @@ class StepEngine(Engine):
         with contextlib.ExitStack() as stack:
             for dispatcher in budgeted:
                 stack.enter_context(dispatcher.static_sizes())
-            step = self._accumulate(micro_batches, return_experts)
+            step = self._accumulate(micro_batches, return_experts, with_router_norms)
         overflows = [dispatcher.overflow for dispatcher in budgeted if dispatcher.overflow is not None]
         if not overflows or int(self.mesh.world.all_reduce_(torch.stack(overflows).sum())) == 0:  # waits for the device
             return step
         self._drop_gradients()
         self.repeated_steps += 1
-        return self._accumulate(micro_batches, return_experts)
+        return self._accumulate(micro_batches, return_experts, with_router_norms)
 
-    def _accumulate(self, micro_batches: Sequence[Batch], return_experts: bool) -> Accumulated:
+    def _accumulate(self, micro_batches: Sequence[Batch], return_experts: bool, with_router_norms: bool) -> Accumulated:
         recorder = self.mesh.world.recorder
         recorder.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]
@@ -174,7 +164,9 @@ class StepEngine(Engine):
             routing = here if routing is None or here is None else routing + here
         recorder.enter("gradient sums")
         square, local_objective = self._reduce_gradients(), torch.as_tensor(total.objective)
-        routing = routing and replace(routing, router_squares=self._router_squares())
+        if routing is not None and with_router_norms:
+            counted = self._counted_gradients({name for names in self._routers for name in names})
+            routing = replace(routing, router_squares=group_squares(self._routers, counted, self.device))
         total, choices, routing, square = self._reduce_sums(total, choices, routing, square)
         routing = routing and replace(routing, prob_sum=total.prob_sum)
         if self.losses is not None and self.global_stats.is_balance_only_logged and total.prob_sum is not None:

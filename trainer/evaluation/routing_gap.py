@@ -23,6 +23,7 @@ from trainer.distributed.collective_errors import barrier_gather, raise_together
 from trainer.distributed.collectives import Group
 from trainer.engine.base import Engine
 from trainer.evaluation.routing_optimum import Optimality, measure_optimality
+from trainer.metrics.bias_watch import selection_bias
 from trainer.moe.capacity import expert_capacity
 from trainer.moe.config import MoEConfig
 from trainer.moe.routing import RouterOutput, RoutingOptions
@@ -85,11 +86,11 @@ def routing_gap(
     results = [(Optimality(**optimality), prices) for optimality, prices in gathered]
     routers = [layer.router for layer in engine.model.moe_layers()]
     by_layer = [results[layer :: len(routers)] for layer in range(len(routers))]
-    biases = [getattr(router, "bias", None) for router in routers]
+    bias = selection_bias(routers)
     return RoutingGap(
         layers=[functools.reduce(operator.add, (optimality for optimality, _ in layer)) for layer in by_layer],
         prices=[_centred(torch.tensor([prices for _, prices in layer]).mean(0)) for layer in by_layer],
-        bias=[_centred(bias) for bias in biases if isinstance(bias, Tensor)] or None,
+        bias=None if bias is None else [_centred(of_layer) for of_layer in bias],
     )
 
 

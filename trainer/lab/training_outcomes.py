@@ -7,10 +7,11 @@ from typing import Any
 
 from trainer.lab.router_configs import looks_ahead
 from trainer.lab.router_trainings import Training
+from trainer.runs.recorded_log import RecordedLog
+from trainer.runs.run_figures import late_mean
 from trainer.trackers.jsonl import read_jsonl
 
 _ROUTING = ("load_imbalance", "drop_rate", "experts_per_token")
-_LATE = 0.9  # routing metrics are averaged over the steps after this fraction of the run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +55,14 @@ def read_outcome(training: Training) -> TrainingOutcome | None:
     evaluated = [record for record in records if record["step"] == steps and record.get("eval/loss") is not None]
     if not logged or not evaluated:
         return None
-    late = [record for record in logged if record["step"] > _LATE * steps]
+    log = RecordedLog(records=records)
     return TrainingOutcome(
         router=training.router,
         held_out_losses=[evaluated[-1]["eval/loss"]],
         expert_width=moe.d_ff,
         step_s=statistics.median(record["step_s"] for record in logged),
         looks_ahead=looks_ahead(moe.router),
-        **_means(late),
+        **{key: late_mean(log, key) for key in _ROUTING},
     )
 
 

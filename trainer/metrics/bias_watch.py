@@ -3,11 +3,17 @@
 # L MoE layers, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def selection_bias(routers: Iterable[nn.Module]) -> Tensor | None:
+    """Return the selection biases (L, E) of the routers of a model, or (L, E + 1); None if they have none."""
+    biases = [bias for router in routers if isinstance(bias := getattr(router, "bias", None), Tensor)]
+    return torch.stack(biases) if biases else None
 
 
 class BiasWatch:

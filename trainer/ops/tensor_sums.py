@@ -23,9 +23,11 @@ class TensorSums:
             self, **{name: None if old is None else next(values).to(old.dtype) for name, old in self._values().items()}
         )
 
-    def on_host(self) -> Self:
-        """Return a copy on the CPU, made at once: a single wait for the device."""
-        return self.with_tensors(from_message(as_message(self.tensors()).cpu(), self.tensors()))
+    def on_host(self, more: Tensor | None = None) -> tuple[Self, Tensor | None]:
+        """Return a copy on the CPU, and one of a further tensor, made at once: a single wait for the device."""
+        parts = self.tensors() if more is None else [*self.tensors(), more]
+        copies = from_message(as_message(parts).cpu(), parts)
+        return self.with_tensors(copies[: len(self.tensors())]), None if more is None else copies[-1].to(more.dtype)
 
     def __add__(self, other: Self) -> Self:
         """Add the sums of two disjoint sets of tokens."""

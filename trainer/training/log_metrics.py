@@ -1,18 +1,14 @@
 """Log steps and evaluations: to metrics.jsonl, routing.jsonl and the other trackers, and to the console."""
 
-from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from trainer.engine.base import RoutingSums, StepResult
 from trainer.evaluation.eval_report import EvalReport, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap
+from trainer.metrics.bias_watch import selection_bias
 from trainer.metrics.routing_metrics import replay_metrics, router_metrics, routing_metrics
 from trainer.metrics.system_stats import reduce_over_ranks
 from trainer.metrics.throughput import ThroughputMeter
-from trainer.models.gpt import GPT
 from trainer.training.run import RunState
 
 
@@ -43,7 +39,8 @@ def log_step(
     if getattr(run.config.parallel.dispatcher, "row_budget", None) is not None:
         record["repeated_steps"] = run.engine.repeated_steps
     if routing is not None:
-        routing = replace(routing, bias=selection_bias(run.engine.model)).on_host()
+        biases = selection_bias(layer.router for layer in run.engine.model.moe_layers())
+        routing, biases = routing.on_host(biases)
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
         experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
         experts |= router_metrics(
@@ -52,7 +49,7 @@ def log_step(
             prob_sum=routing.prob_sum,
             router_squares=routing.router_squares,
         )
-        experts |= run.bias_watch.look(done, routing.bias)
+        experts |= run.bias_watch.look(done, biases)
         if (replayed := _replay_metrics(run, routing)) is not None:
             record |= replayed[0]
             experts |= replayed[1]
@@ -68,13 +65,6 @@ def log_step(
     run.console.step(record)
     for line in lines:
         run.console.warning(line)
-
-
-def selection_bias(model: GPT) -> Tensor | None:
-    """Return the selection biases (L, E) of the routers, on their device; None if they have none."""
-    biases = [getattr(layer.router, "bias", None) for layer in model.moe_layers()]
-    tensors = [bias for bias in biases if isinstance(bias, Tensor)]
-    return torch.stack(tensors) if tensors and len(tensors) == len(biases) else None
 
 
 def _replay_metrics(run: RunState, routing: RoutingSums) -> tuple[dict[str, float], dict[str, Any]] | None:

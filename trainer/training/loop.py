@@ -46,10 +46,11 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
     for step in range(run.start_step, run.last_step):
         done, is_last = step + 1, step + 1 == config.train.steps
         recorder.step, recorder.is_in_step = done, step > run.start_step
-        result, lr = _take_step(run, step, pace, status)
-        recorder.enter("agreeing on a stop")
         is_end = is_last or done == config.train.stop_after
         is_logged = every(config.metrics.log_every, done) or is_end or done == run.start_step + 1
+        has_gap = every(config.metrics.routing_gap_every, done)
+        result, lr = _take_step(run, step, pace, status, is_logged=is_logged or has_gap)
+        recorder.enter("agreeing on a stop")
         is_saved = every(config.checkpoint.every, done) or is_end
         stopped_by, is_folder_lost = _agree(run, stop, checks_folder=is_logged or is_saved or keeps_best)
         stopped_by = stopped_by or ("train.stop_after" if is_end and not is_last else None)
@@ -57,7 +58,7 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
             with raise_together(run.mesh.world):
                 if run.mesh.layout.rank == 0:
                     run.console.warning(run.folder.regain())
-        gap = _routing_gap(run) if every(config.metrics.routing_gap_every, done) else None
+        gap = _routing_gap(run) if has_gap else None
         if is_logged or gap is not None:
             log_step(run, done, result, lr=lr, pace=pace, gap=gap)
         recorder.enter("ending the step")
@@ -104,7 +105,9 @@ def every(interval: int | None, done: int) -> bool:
     return interval is not None and done % interval == 0
 
 
-def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFile) -> tuple[StepResult, float]:
+def _take_step(
+    run: RunState, step: int, pace: ThroughputMeter, status: StatusFile, *, is_logged: bool
+) -> tuple[StepResult, float]:
     """Read the rows of a step, take it and update the run's counters; return the result and the learning rate."""
     config, recorder, batch_size = run.config, run.mesh.world.recorder, run.config.train.global_batch_size
     status.begin_step(step + 1, first_row=run.position, num_rows=batch_size)
@@ -129,6 +132,7 @@ def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFi
             lr=lr,
             skip_above=limit if config.train.spikes.skip else None,
             return_experts=run.recorder is not None and run.recorder.is_due(step + 1),
+            with_router_norms=is_logged,
         )
     if result.experts and run.recorder is not None:
         recorder.enter("recording experts")

@@ -138,6 +138,13 @@ class DeepSpeedEngine(StepEngine):
             square = square + square_norm(self._gradient_pieces(i)).to(self.device)
         return square
 
+    def _counted_gradients(self, names: Set[str]) -> dict[str, list[Tensor]]:
+        """Return this rank's pieces of some gradients; every element is in exactly one rank's partition."""
+        found = dict[str, list[Tensor]]()
+        for i, partition in enumerate(self._partitions):
+            found |= partition.pieces_of(names, self._gradient_pieces(i))
+        return found
+
     def _update(self, lr: float, grad_norm: float) -> None:
         set_rate(self._zero.param_groups, lr)
         self._norm = grad_norm

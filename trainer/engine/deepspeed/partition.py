@@ -9,7 +9,7 @@ the end of an earlier rank's row, and are sent to that rank when the state is sa
 that row too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -69,6 +69,18 @@ class Partition:
             if start < stop:
                 found[span.name] = flat[start:stop]
         return found
+
+    def pieces_of(self, names: Set[str], pieces: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+        """Return views of this rank's part of some parameters, by name, given the part in consecutive pieces."""
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        wanted, at = [span for span in self.parameters if span.name in names], 0
+        for piece in pieces:
+            for span in wanted:
+                start, stop = (span.offset + position - self.begin - at for position in self._overlap(span))
+                if max(0, start) < min(stop, piece.numel()):
+                    found[span.name].append(piece.reshape(-1)[max(0, start) : stop])
+            at += piece.numel()
+        return {name: parts for name, parts in found.items() if parts}
 
     def rows(self, flat: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Return this rank's rows of every parameter and the index of the first. Collective over the group.

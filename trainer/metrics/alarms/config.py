@@ -36,8 +36,7 @@ class AlarmsConfig(Config):
     entropy: Share | None = 0.01
     """Entropy of the router probabilities, as a share of ln E, below which a router no longer explores."""
     router_gradient: Share | None = 1e-6
-    """Norm of a router's gradient over that of the whole gradient, below which it has vanished. Not measured under
-    DeepSpeed."""
+    """Norm of a router's gradient over that of the whole gradient, below which it has vanished."""
     plateau: Share | None = 0.005
     """Fall of the loss, as a share of it, over the second half of the window that is too little: if even two standard
     errors more would be less. A rate of 0 is too little too."""

@@ -77,6 +77,10 @@ def _check(shapes: Sequence[tuple[int, ...]], paddings: Sequence[int], num_ranks
         partition = Partition(span, size, seat)  # type: ignore[arg-type]
         mine = line[seat.index * size : (seat.index + 1) * size].clone()
         fragments = {name: part.clone() for name, part in partition.fragments(mine).items()}
+        for length in (1, 3, size + 1):  # in pieces, which may end anywhere
+            pieces = partition.pieces_of({p.name for p in span}, mine.split(length))
+            assert pieces.keys() == fragments.keys()
+            assert all(torch.equal(torch.cat(pieces[name]), part) for name, part in fragments.items())
         rows = {name: (first, part.clone()) for name, (first, part) in partition.rows(mine).items()}
         back = torch.full_like(mine, -1.0)
         for name, (first, last) in partition.wanted().items():
