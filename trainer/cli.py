@@ -1,12 +1,13 @@
 """The command line: parse the arguments, run a command of trainer/commands/ and exit with its code."""
 
 import argparse
+import io
 import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from trainer.commands import (
     bench,
@@ -42,17 +43,19 @@ from trainer.distributed.rank_layout import is_first_rank
 from trainer.environment import SUPERVISOR, check_process_variables
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, exit_code_of, first_line
 from trainer.experiment import ExperimentConfig
-from trainer.terminal import print_safe, show_logs, single_line
+from trainer.terminal import print_safe, show_anything, show_logs, single_line
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; print the message of a `TurnoutError` without a traceback."""
     show_logs()
+    show_anything()
     _show_old_names()
     options = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     try:
         check_process_variables()
         code = options.command(options)
+        _flush_output()
     except RemoteRankError as error:  # reported by the rank that failed
         _wait_for_report(0.5)
         _exit_now(error.exit_code)
@@ -68,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print_safe(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code = error.exit_code
     except (KeyboardInterrupt, Exception) as error:  # errors of the system
+        _name_output(error)
         code = exit_code_of(error)
         if code is None:
             raise
@@ -98,9 +102,29 @@ def _wait_for_report(seconds: float) -> None:
 
 def _exit_now(code: int) -> NoReturn:
     """Exit without Python's shutdown, which may wait forever for collectives of a broken group."""
-    sys.stdout.flush()
+    _flush_output()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # it may have been closed
+        sys.stdout.flush()
+
+
+def _name_output(error: BaseException) -> None:
+    """Name standard output in an error of it, such as of a full disk, and write nothing more there."""
+    is_output = isinstance(error, OSError) and isinstance(sys.stdout, io.TextIOWrapper)
+    if not is_output or exit_code_of(error) is not None:
+        return
+    try:
+        _flush_output()
+        os.write(sys.stdout.fileno(), b"\n")  # only if it fails again it was that; a traceback follows if not
+    except io.UnsupportedOperation:  # no file
+        return
+    except OSError:
+        cast("OSError", error).filename = "standard output"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: BaseException) -> None:

@@ -117,7 +117,7 @@ def read_statuses(folder: Path, attempt: str) -> dict[int, Status]:
     statuses = {}
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or malformed
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # gone, or malformed
                 record = json.loads(path.read_text()) if NAME_PATTERN.fullmatch(path.name) else {}
                 status = Status(**{field.name: record[field.name] for field in fields(Status)})
                 if status.attempt == attempt:

@@ -1,5 +1,6 @@
 """Print untrusted text on a terminal without its control characters. Imports no torch."""
 
+import io
 import logging
 import sys
 import unicodedata
@@ -29,6 +30,12 @@ def single_line(text: str) -> str:
 def print_safe(text: object, *, file: TextIO | None = None) -> None:
     """Print text that may contain untrusted parts."""
     print(visible(str(text)), file=file or sys.stdout, flush=True)
+
+
+def show_anything() -> None:
+    """Escape the characters of later output that the encoding of the terminal, or of a pipe, does not have."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def show_logs() -> None:

@@ -46,7 +46,8 @@ def runs_command(options: argparse.Namespace) -> int:
     if key not in COLUMNS:
         raise ConfigError(f"--sort: {choice(key, list(COLUMNS))}")
     folders = options.folders or [Path("runs")]
-    runs = sorted_runs(map(read_listed_run, find_runs(folders)), key, is_reversed=options.sort.startswith("-"))
+    found = (read_listed_run(path, keeps_log=False) for path in find_runs(folders))
+    runs = sorted_runs(found, key, is_reversed=options.sort.startswith("-"))
     if options.json:
         print(json.dumps([run.record() for run in runs]))
         return 0

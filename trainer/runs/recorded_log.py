@@ -10,6 +10,7 @@ from trainer.atomic_io import NotRegular
 from trainer.metrics.records import parse_record, read_lines
 
 _MAX_STEP: Final = 1 << 53
+_MAX_VALUE: Final = 1e150  # of which squares and sums are finite; a larger one is damage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +64,11 @@ def read_log(path: Path) -> RecordedLog:
 
 
 def finite(record: Mapping[str, Any], key: str) -> float | None:
-    """Return the value of a metric if it is a finite number, else None."""
+    """Return the value of a metric if it is a finite number to reckon with, else None."""
     value = record.get(key)
     if type(value) is int:
         return float(value) if abs(value) <= _MAX_STEP else None  # a larger one is none of ours, and may have no float
-    return value if type(value) is float and math.isfinite(value) else None
+    return value if type(value) is float and abs(value) <= _MAX_VALUE else None
 
 
 def _is_step(value: object) -> bool:

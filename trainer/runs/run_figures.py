@@ -56,8 +56,8 @@ class ListedRun:
         return {"run": str(self.path), **self.state.record(), **self.figures.record(), "parent": self.parent}
 
 
-def read_listed_run(path: Path) -> ListedRun:
-    """Read state, figures and parent of the run in a folder."""
+def read_listed_run(path: Path, *, keeps_log: bool = True) -> ListedRun:
+    """Read state, figures and parent of the run in a folder; of many runs, the logs are too large to keep."""
     log = read_log(RunFolder(path).metrics)
     chain = ancestors(RunFolder(path))
     return ListedRun(
@@ -65,7 +65,7 @@ def read_listed_run(path: Path) -> ListedRun:
         state=read_state(path, log),
         figures=figures_of(log),
         parent=chain[0].text if chain else None,
-        log=log,
+        log=log if keeps_log else RecordedLog(),
     )
 
 

@@ -64,6 +64,6 @@ def read_result(trial: Trial, metric: str, step: int) -> TrialResult:
 def _model_size(trial: Trial) -> Mapping[str, Any]:
     try:
         found = json.loads(trial.folder.environment.read_text()).get("model_size")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

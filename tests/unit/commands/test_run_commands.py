@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,26 @@ def test_runs_are_a_table_that_is_sorted_with_unknown_values_last(
     assert row.split() == ["runs/b", "finished", *row.split()[2:3], "200", "2.000", "2.500", "1.250", "4s"]
     [record] = json.loads(said(capsys, "runs", "runs/b", "--json"))
     assert (record["eval_loss"], record["train_s"], record["tokens"], record["parent"]) == (2.5, 4.0, 200, None)
-    (runs / "c/metrics.jsonl").write_text('{"step": 1, "tokens": 1e300, "loss": 1e300}\n')
-    assert said(capsys, "runs", "runs/c").splitlines()[1].split()[4:6] == ["-", "1.000e+300"]
+    (runs / "c/metrics.jsonl").write_text('{"step": 1, "tokens": 1e300, "loss": 1e100}\n')
+    assert said(capsys, "runs", "runs/c").splitlines()[1].split()[4:6] == ["-", "1.000e+100"]
     assert said(capsys, "runs", "--sort", "los", code=2).endswith("did you mean loss?\n")
+
+
+@pytest.mark.parametrize("command", ["status", "runs"])
+def test_thousands_of_runs_fit_into_memory(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What many runs need is near what one of them does: no log is kept."""
+    for number in range(20):
+        run = make_run(tmp_path / f"runs/r{number}")
+        lines = (json.dumps({"step": n, "loss": 1.0, "text": "x" * 1000}) for n in range(100))
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    said(capsys, command, str(tmp_path / "runs/r0"))  # modules are imported
+    peaks = []
+    for folder in ("runs/r0", "runs"):
+        tracemalloc.start()
+        said(capsys, command, str(tmp_path / folder))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 3 * peaks[0], peaks
 
 
 @pytest.mark.parametrize("command", ["status", "runs"])

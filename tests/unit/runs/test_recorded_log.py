@@ -25,6 +25,6 @@ def test_a_log_that_does_not_exist_is_empty_and_a_folder_in_its_place_is_said(tm
     assert read_log(tmp_path).unreadable == "is not a regular file"
 
 
-@pytest.mark.parametrize("value", [True, "1", None, [1.0], math.inf, math.nan, 1 << 60])
-def test_what_is_no_finite_number_is_none(value: object) -> None:
+@pytest.mark.parametrize("value", [True, "1", None, [1.0], math.inf, math.nan, 1 << 60, 1.7e308])
+def test_what_is_no_number_to_reckon_with_is_none(value: object) -> None:
     assert finite({"loss": value}, "loss") is None
