@@ -84,11 +84,11 @@ def what_if_command(options: argparse.Namespace) -> int:
 
     trace, named = options.trace, _named_run(options)
 
-    from trainer.what_if.evaluated_run import TracedRun
+    from trainer.what_if.evaluated_run import RunOfTrace
     from trainer.what_if.prediction_table import prediction_lines
     from trainer.what_if.scenarios import Scenarios, predict_all, write_best_placement
 
-    run = None if named is None else TracedRun(config=named[0], folder=named[1], choice=named[2])
+    run = None if named is None else RunOfTrace(config=named[0], folder=named[1], choice=named[2])
     wanted = Scenarios(
         capacities=options.capacity,
         top_ks=options.top_k,

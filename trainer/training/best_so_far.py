@@ -15,8 +15,12 @@ class BestSoFar:
     def __init__(self, config: BestConfig | None) -> None:
         """Begin with no evaluation; None: there is no metric, and nothing is ever the best."""
         self.config = config
-        self.found: BestCheckpoint | None = None
-        self._before: BestCheckpoint | None = None
+        self._found: list[BestCheckpoint] = []
+
+    @property
+    def found(self) -> BestCheckpoint | None:
+        """The best so far; None: there is none."""
+        return self._found[-1] if self._found else None
 
     def note(self, step: int, evaluation: Mapping[str, float]) -> bool:
         """Return whether an evaluation is better than all before, so that its step must be saved. Ties are not."""
@@ -25,20 +29,25 @@ class BestSoFar:
         mode = self.config.direction
         if self.found is not None and not is_better(value, self.found.value, mode):
             return False
-        self._before = self.found
-        self.found = BestCheckpoint(metric=self.config.metric, mode=mode, value=value, step=step)
+        self._found.append(BestCheckpoint(metric=self.config.metric, mode=mode, value=value, step=step))
         return True
 
     def note_lost(self, step: int) -> None:
-        """Go back to the best before, if that of `step` could not be saved: the next prune must not remove it."""
-        if self.found is not None and self.found.step == step:
-            self.found = self._before
+        """Forget that of `step`, which could not be saved: the next prune must not remove the best before it.
+
+        It may be said when a later one was already found, which then may be lost too.
+        """
+        self._found = [best for best in self._found if best.step != step]
+
+    def forget(self) -> None:
+        """Begin anew: the next evaluation is the best."""
+        self._found = []
 
     def restore(self, run: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's record of its run; a record of another metric does not count."""
         found, config = BestCheckpoint.of(run), self.config
         if config is not None and found is not None and (found.metric, found.mode) == (config.metric, config.direction):
-            self.found = found
+            self._found = [found]
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint's record of the run has more; nothing without a best checkpoint."""

@@ -62,7 +62,7 @@ def check_best(run: RunState) -> None:
     best = run.best.found
     if best is None or run.mesh.world.broadcast_object(run.saver.folder.of_step(best.step).is_dir()):
         return
-    run.best.found = None
+    run.best.forget()
     run.console.message(f"the best checkpoint so far, of step {best.step}, is not in this folder: the next is the best")
 
 

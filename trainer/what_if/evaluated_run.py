@@ -31,7 +31,7 @@ from trainer.what_if.traced_passes import Trace, TracedPass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TracedRun:
+class RunOfTrace:
     """The run that a trace is of, and which of its weights."""
 
     config: ExperimentConfig

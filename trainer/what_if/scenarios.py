@@ -21,7 +21,7 @@ from trainer.parallel.expert_placement import (
 )
 from trainer.parallel.placement_programme import greedy_placement, solve_placement
 from trainer.what_if.dispatch_traffic import SendingDispatcher
-from trainer.what_if.evaluated_run import EvaluatedRun, TracedRun
+from trainer.what_if.evaluated_run import EvaluatedRun, RunOfTrace
 from trainer.what_if.predicted_decision import check_top_ks, decide_from_trace
 from trainer.what_if.prediction import (
     Hardware,
@@ -54,7 +54,7 @@ class Scenarios:
     """FLOP/s, and bytes per second, of a rank."""
 
 
-def predict_all(folder: Path, wanted: Scenarios, run: TracedRun | None = None) -> list[Prediction]:
+def predict_all(folder: Path, wanted: Scenarios, run: RunOfTrace | None = None) -> list[Prediction]:
     """Return a prediction for each capacity and k, with the layouts of each.
 
     Given the traced run, it is evaluated at each of them; by the trace alone, later layers are estimates.

@@ -64,6 +64,10 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_none() -> None:
     best.note_lost(8)
     assert best.found is not None and best.found.step == 4
     assert best.note(12, {"eval/loss": 1.5})
+    assert best.note(16, {"eval/loss": 1.2})
+    best.note_lost(12)  # its save ends once the next evaluation was better
+    best.note_lost(16)
+    assert best.found is not None and best.found.step == 4
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def _predicted(trace: Path, run: RunState | None = None, **wanted: Any) -> Predi
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A `TracedRun` whose weights need no checkpoint."""
+    """A `RunOfTrace` whose weights need no checkpoint."""
 
     run: RunState
 
