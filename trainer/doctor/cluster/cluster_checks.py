@@ -12,7 +12,7 @@ from trainer.doctor.cluster.cluster_evidence import ClusterCheck, ClusterEvidenc
 from trainer.doctor.finding import Sign
 
 _SLOW_RANK = 1.25
-_SLOW_LINK = 2.0
+_SLOW_LINK, _LATE_LINK = 2.0, 3.0
 _CERTAIN = 1.1
 """Best round of an outlier over the usual time of the others."""
 _MOST_SKEW_S = 1.0
@@ -78,7 +78,7 @@ def _slowness(cluster: ClusterEvidence, link: LinkSpeed) -> Iterator[tuple[float
     if ratio is not None:
         yield ratio, "large messages"
         return
-    ratio = _is_outlier(link.latency, [one.latency for one in others], _SLOW_LINK)
+    ratio = _is_outlier(link.latency, [one.latency for one in others], _LATE_LINK)
     if ratio is not None:
         yield ratio, "small messages"
 

@@ -25,8 +25,8 @@ from trainer.doctor.cluster.cluster_evidence import (
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
 _CLOCK_ROUNDS = 9
-_MOST_SERIAL = 16
-"""Ranks up to which links are measured one after another; beyond, disjoint pairs at the same time."""
+_MOST_SERIAL, _MOST_PAIRED = 16, 64
+"""Ranks up to which links are measured one after another; and up to which all of them are."""
 _SETTINGS = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 _PREFIXES = ("NCCL_", "TORCH_NCCL_")
 
@@ -112,9 +112,9 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
     world, per_node = mesh.world, max(1, mesh.layout.ranks_per_node)
     rank = Rank(workload, world, device)
     hosts = mesh.host.all_gather_objects(socket.gethostname())
-    work = list(_work(rank, world.size))
+    work = list(_work(rank, world.size, per_node))
     times = _timed(work, rank, mesh)
-    pairs = list(combinations(range(world.size), 2))
+    pairs = sorted((int(name[1]), int(name[2])) for name in times if name[0] == "link")
     return ClusterEvidence(
         ranks=[
             RankSpeed(
@@ -163,7 +163,7 @@ def _slowest(of_ranks: Sequence[Sequence[float]]) -> Rounds:
     return Rounds(seconds=[max(one) for one in zip(*of_ranks, strict=True)])
 
 
-def _work(rank: Rank, size: int) -> Iterator[tuple[list[Work], Callable[[], None]]]:
+def _work(rank: Rank, size: int, per_node: int) -> Iterator[tuple[list[Work], Callable[[], None]]]:
     """Yield everything that is measured, with what it is a time of."""
     me = rank.world.index
     yield [("matmul",)], rank.multiply
@@ -173,22 +173,36 @@ def _work(rank: Rank, size: int) -> Iterator[tuple[list[Work], Callable[[], None
     for num_bytes in rank.workload.sizes:
         yield [("all_reduce", str(num_bytes))], partial(rank.all_reduce, num_bytes)
         yield [("all_to_all", str(num_bytes))], partial(rank.all_to_all, num_bytes)
-    for pairs in _pairings(size):
+    for pairs in pairings(size, per_node):
         partner = next((b if a == me else a for a, b in pairs if me in (a, b)), None)
         for kind, num_bytes in (("link", rank.workload.link), ("latency", 4)):
             names: list[Work] = [(kind, str(a), str(b)) for a, b in pairs]
             yield names, partial(rank.exchange, partner, num_bytes)
 
 
-def _pairings(size: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield pairs of ranks, each once: one at a time, or many disjoint ones if there are many ranks (circle method)."""
+def pairings(size: int, per_node: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield disjoint pairs of ranks to be measured at the same time, each pair once.
+
+    Few ranks: one pair at a time. Many: all pairs in rounds. Very many: those within machines, in all machines at once,
+    and the first ranks of each pair of machines.
+    """
     if size <= _MOST_SERIAL:
         yield from ([pair] for pair in combinations(range(size), 2))
-        return
-    circle: list[int] = [*range(size), *([-1] if size % 2 else [])]
+    elif size <= _MOST_PAIRED or per_node < 2:
+        yield from _tournament(range(size))
+    else:
+        nodes = range(0, size, per_node)
+        for local in _tournament(range(per_node)):
+            yield [(first + a, first + b) for first in nodes for a, b in local if first + b < size]
+        yield from _tournament(nodes)
+
+
+def _tournament(players: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """Yield rounds in which each player meets at most one other (circle method)."""
+    circle: list[int | None] = [*players, *([None] if len(players) % 2 else [])]
     for _ in range(len(circle) - 1):
         pairs = zip(circle[: len(circle) // 2], reversed(circle[len(circle) // 2 :]), strict=True)
-        yield [(min(pair), max(pair)) for pair in pairs if -1 not in pair]
+        yield [(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None]
         circle = [circle[0], circle[-1], *circle[1:-1]]
 
 
@@ -196,12 +210,16 @@ def _timed(
     work: Sequence[tuple[list[Work], Callable[[], None]]], rank: Rank, mesh: Mesh
 ) -> dict[Work, list[list[float]]]:
     """Return the seconds of every rank and round, by name; all ranks begin each piece of work together."""
-    warm_up = [_seconds(function, rank, mesh.host) for _, function in work]
-    whole = max(mesh.host.all_gather_objects(sum(warm_up)))
-    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(rank.workload.budget_s / max(whole, 1e-9))))
+    warm_up = mesh.host.all_gather_objects([_seconds(function, rank, mesh.host) for _, function in work])
+    share = rank.workload.budget_s / len(work)
+    rounds = [
+        max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(share / max(of_ranks)))) for of_ranks in zip(*warm_up, strict=True)
+    ]
     mine: dict[Work, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for names, function in work:
+    for number in range(_MOST_ROUNDS):
+        for count, (names, function) in zip(rounds, work, strict=True):
+            if number * count // _MOST_ROUNDS == (number + 1) * count // _MOST_ROUNDS:
+                continue  # rounds of what takes long are spread over all
             seconds = _seconds(function, rank, mesh.host)
             for name in names:
                 mine[name].append(seconds)

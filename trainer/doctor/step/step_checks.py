@@ -21,9 +21,7 @@ def _norm(step: StepEvidence) -> Iterator[Sign]:
     norms = list(step.grad_norms)
     if len(set(norms)) > 1:
         shown = [f"rank {rank} {norm:.9g}" for rank, norm in enumerate(norms)]
-        yield Sign(
-            f"the gradient norm differs between ranks: {few_names(shown)}", f"reduce it over all ranks; {_REPORT}"
-        )
+        yield Sign(f"the gradient norm differs between ranks: {few_names(shown)}", f"reduce it over all; {_REPORT}")
         return
     whole = step.whole_norm
     if norms and whole is not None and math.isfinite(norms[0]) and abs(norms[0] - whole) > _NORM_ERROR * whole:

@@ -1,0 +1,107 @@
+"""Several gloo ranks: a slowed one and a slowed link are named (they sleep), and a norm that differs between ranks."""
+
+import time
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import Ranks, mesh_here
+from tests.tiny_training import config_of_text
+from trainer.doctor.cluster import measure_cluster as measuring
+from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
+from trainer.doctor.cluster.measure_cluster import Rank, Workload, measure_cluster, pairings
+from trainer.doctor.finding import examine
+from trainer.doctor.step.measure_step import measure_step
+from trainer.doctor.step.step_checks import STEP_CHECKS
+from trainer.engine.step import StepEngine
+from trainer.experiment import ExperimentConfig
+
+TINY = Workload(width=64, copied=1 << 16, sizes=[1 << 10, 1 << 14], link=1 << 12, budget_s=0.0)
+"""Three rounds of next to nothing."""
+SLEEP_S = 0.1
+RANKS = 3
+
+
+class SlowRank(Rank):
+    """Computes and copies slowly on rank 1."""
+
+    def multiply(self) -> None:
+        super().multiply()
+        time.sleep(SLEEP_S * (self.world.index == 1))
+
+
+class SlowLink(Rank):
+    """Exchanges slowly between ranks 0 and 2."""
+
+    def exchange(self, partner: int | None, num_bytes: int) -> None:
+        super().exchange(partner, num_bytes)
+        time.sleep(SLEEP_S * ({partner, self.world.index} == {0, 2}))
+
+
+def measure(kinds: list[type[Rank]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Measure the ranks once with each kind of work, and return what is found."""
+    answers, mesh = [], mesh_here(ranks_per_node=RANKS)
+    for kind in kinds:
+        measuring.Rank = kind
+        evidence = measure_cluster(mesh, torch.device("cpu"), TINY)
+        answers.append(([finding.found for finding in examine(CLUSTER_CHECKS, evidence)], asdict(evidence)))
+    measuring.Rank = Rank
+    return answers
+
+
+def test_a_slow_rank_and_a_slow_link_are_named_and_all_is_measured(ranks: Ranks) -> None:
+    kinds = [Rank, SlowRank, SlowLink]
+    of_ranks = ranks.run(RANKS, measure, kinds)
+    (_, plain), (slow_rank, _), (slow_link, _) = of_ranks[0]
+    assert any(text.startswith("rank 1 on ") and "products" in text for text in slow_rank), slow_rank
+    assert any(text.startswith("the link between ranks 0 and 2") for text in slow_link), slow_link
+    assert len(plain["ranks"]) == RANKS and all(one["matmul"]["seconds"] for one in plain["ranks"])
+    assert [tuple(one["ranks"]) for one in plain["links"]] == list(combinations(range(RANKS), 2))
+    for kind in ("all_reduce", "all_to_all"):
+        assert [one["num_bytes"] for one in plain[kind]] == list(TINY.sizes)
+        assert all(len(one["rounds"]["seconds"]) == 3 for one in plain[kind])
+    assert all(one["least_s"] <= 0 <= one["most_s"] for one in plain["clocks"]), "one clock for all of them"
+    assert plain["settings"] == {}
+    assert all(of_rank[0][1]["links"] == plain["links"] for of_rank in of_ranks), "the same on every rank"
+
+
+def take_steps(config: ExperimentConfig) -> list[list[str]]:
+    """Take a step as it is, and one whose gradient norm is not summed over ranks; return what is found."""
+    answers, reduced, mesh = [], StepEngine._reduce_sums, mesh_here(ep_size=2)
+
+    def local_norm(self: StepEngine, total: Any, choices: Any, routing: Any, square: torch.Tensor) -> Any:
+        *sums, _ = reduced(self, total, choices, routing, square)
+        return *sums, square
+
+    for broken in (reduced, local_norm):
+        StepEngine._reduce_sums = broken
+        evidence = measure_step(config, mesh, torch.device("cpu"), warn=lambda _: None)
+        answers.append([finding.check for finding in examine(STEP_CHECKS, evidence)])
+    StepEngine._reduce_sums = reduced
+    return answers
+
+
+def test_a_norm_that_differs_between_ranks_is_found(ranks: Ranks, tmp_path: Path) -> None:
+    config = config_of_text(tmp_path, "parallel.ep_size=2")
+    assert ranks.run(2, take_steps, config) == [[[], ["gradient_norm"]]] * 2
+
+
+def test_pairs_meet_once_and_disjoint() -> None:
+    for size in (3, 16, 17, 20, 33, 64):
+        rounds = list(pairings(size, 8))
+        pairs = [pair for one in rounds for pair in one]
+        assert sorted(pairs) == list(combinations(range(size), 2))
+        assert all(len({rank for pair in one for rank in pair}) == 2 * len(one) for one in rounds)
+        assert len(rounds) == (len(pairs) if size <= 16 else size - 1 + size % 2)
+
+
+def test_very_many_ranks_meet_within_machines_and_by_their_first() -> None:
+    rounds = list(pairings(512, 8))
+    pairs = [pair for one in rounds for pair in one]
+    assert len(pairs) == len(set(pairs)) and len(rounds) == 7 + 63
+    inside = {pair for pair in pairs if pair[0] // 8 == pair[1] // 8}
+    assert len(inside) == 64 * 28
+    assert sorted(set(pairs) - inside) == list(combinations(range(0, 512, 8), 2))
