@@ -34,6 +34,7 @@ from tests.planted import (
     checkpoints,
     conversions,
     data_order,
+    diagnoses,
     experts,
     imports,
     latents,
@@ -77,6 +78,7 @@ _TOPICS = (
     stages,
     sweeps,
     pages,
+    diagnoses,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 

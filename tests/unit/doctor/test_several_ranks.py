@@ -19,7 +19,7 @@ from trainer.doctor.step.step_checks import STEP_CHECKS
 from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
 
-TINY = Workload(width=64, copied=1 << 16, sizes=[1 << 10, 1 << 14], link=1 << 12, budget_s=0.0)
+TINY = Workload(width=64, copied=1 << 16, sizes=[1 << 10, 1 << 14], link=1 << 12, burst_s=0.0, budget_s=0.0)
 """Three rounds of next to nothing."""
 SLEEP_S = 0.1
 RANKS = 3

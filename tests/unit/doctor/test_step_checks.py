@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.tiny_training import config_of_text
+from trainer.config.loader import load
 from trainer.distributed.mesh import Mesh
 from trainer.doctor.finding import DoctorFinding, examine
 from trainer.doctor.step import measure_step as measuring
@@ -20,12 +21,15 @@ from trainer.doctor.step.step_checks import STEP_CHECKS
 from trainer.doctor.step.step_evidence import StepEvidence, TextEvidence
 from trainer.doctor.step.text_checks import TEXT_CHECKS
 from trainer.engine import native, step
+from trainer.experiment import ExperimentConfig
 from trainer.moe import layer
 from trainer.moe.experts import Experts
 from trainer.moe.routers import top_k
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.top_k import TopKRouter
+from trainer.prove.cases import shrink
 
+ROOT = Path(__file__).parents[3]
 CHECKS = (*STEP_CHECKS, *TEXT_CHECKS)
 LOOP = "parallel.experts_kernel=loop"
 SHORT = "data.sources=[{kind: jsonl, domain: short, path: FOLDER/short.jsonl}]"
@@ -214,6 +218,13 @@ def test_every_check_of_a_step_has_a_seeded_fault() -> None:
 )
 def test_nothing_is_found_where_nothing_is_wrong(overrides: list[str], folder: Path) -> None:
     assert found(folder, *overrides) == {}
+
+
+@pytest.mark.parametrize("name", ["smoke", "quickstart", "founding/sparse_expert_model", "stages/pretrain"])
+def test_nothing_is_found_in_a_step_of_a_shipped_config(name: str, folder: Path) -> None:
+    config = load(ROOT / f"configs/{name}.yaml", [f"data.cache_dir={folder}/cache"], ExperimentConfig)
+    evidence = measure_step(shrink(config), Mesh.of_one(), torch.device("cpu"), warn=lambda _: None)
+    assert examine(CHECKS, evidence) == []
 
 
 def test_a_leak_is_none_where_the_model_says_that_it_looks_ahead(folder: Path) -> None:

@@ -19,10 +19,13 @@ _MOST_SKEW_S = 1.0
 
 
 def _is_outlier(rounds: Rounds, others: Sequence[Rounds], factor: float) -> float | None:
-    """Return how many times the usual time of the others it takes; None if it is no outlier."""
+    """Return how many times the usual time of the others it takes; None if it is no outlier.
+
+    Of two medians the higher one is usual: what most are is no outlier.
+    """
     if not others:
         return None
-    usual = statistics.median(other.median for other in others)
+    usual = statistics.median_high(other.median for other in others)
     if rounds.median < factor * usual or rounds.best < _CERTAIN * usual:
         return None
     return rounds.median / usual

@@ -44,6 +44,8 @@ class Workload:
     link: int
     """Bytes that ranks of a link send each other."""
     dtype: torch.dtype = torch.float32
+    burst_s: float = 0.2
+    """Time of a rank's products, and of its copies: clocks, quotas and neighbours show under load only."""
     budget_s: float = 40.0
     """Time for all rounds."""
 
@@ -70,14 +72,17 @@ class Rank:
         self._source = torch.ones(workload.copied // 4, device=device)
         self._target = torch.empty_like(self._source)
         self._message = torch.zeros(max(workload.sizes) // 4, device=device)
+        self.num_products, self.num_copies = 1, 1
 
     def multiply(self) -> None:
-        """Multiply two matrices."""
-        torch.mm(self._factor, self._factor)
+        """Multiply two matrices, several times."""
+        for _ in range(self.num_products):
+            torch.mm(self._factor, self._factor)
 
     def copy(self) -> None:
-        """Copy a block of memory."""
-        self._target.copy_(self._source)
+        """Copy a block of memory, several times."""
+        for _ in range(self.num_copies):
+            self._target.copy_(self._source)
 
     def all_reduce(self, num_bytes: int) -> None:
         """Sum a tensor over all ranks."""
@@ -112,6 +117,7 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
     world, per_node = mesh.world, max(1, mesh.layout.ranks_per_node)
     rank = Rank(workload, world, device)
     hosts = mesh.host.all_gather_objects(socket.gethostname())
+    rank.num_products, rank.num_copies = (_repeats(work, rank, mesh.host) for work in (rank.multiply, rank.copy))
     work = list(_work(rank, world.size, per_node))
     times = _timed(work, rank, mesh)
     pairs = sorted((int(name[1]), int(name[2])) for name in times if name[0] == "link")
@@ -138,8 +144,8 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
         all_reduce=_collectives("all_reduce", times),
         all_to_all=_collectives("all_to_all", times),
         clocks=_clock_offsets(mesh.host),
-        matmul_flops=2.0 * workload.width**3,
-        copy_bytes=2.0 * workload.copied,
+        matmul_flops=2.0 * workload.width**3 * rank.num_products,
+        copy_bytes=2.0 * workload.copied * rank.num_copies,
         link_bytes=workload.link,
         device=device.type,
         dtype=str(workload.dtype).removeprefix("torch."),
@@ -225,6 +231,12 @@ def _timed(
                 mine[name].append(seconds)
     everyone = mesh.host.all_gather_objects([[list(name), seconds] for name, seconds in mine.items()])
     return {tuple(name): [of_rank[index][1] for of_rank in everyone] for index, (name, _) in enumerate(everyone[0])}
+
+
+def _repeats(function: Callable[[], None], rank: Rank, host: Group) -> int:
+    """Return how often a rank that nothing disturbs can do something in a burst, the same on all ranks."""
+    times = host.all_gather_objects(min(_seconds(function, rank, host) for _ in range(_LEAST_ROUNDS)))
+    return max(1, int(rank.workload.burst_s / min(times)))
 
 
 def _seconds(function: Callable[[], None], rank: Rank, host: Group) -> float:

@@ -1,0 +1,53 @@
+"""Faults of doctor: it blames what is well, or is silent."""
+
+from tests.planted.fault import in_package as _fault
+
+CLUSTER = "doctor/test_cluster_checks.py"
+RANKS = "doctor/test_several_ranks.py"
+STEP = "doctor/test_step_checks.py"
+STATIC = "doctor/test_static_checks.py"
+
+FAULTS = [
+    _fault(
+        "a bias that drives the load apart is praised",
+        "doctor/step/layer_checks.py",
+        "elif pull < 0:",
+        "elif pull > 0:",
+        STEP,
+    ),
+    _fault(
+        "the gradient of auxiliary losses counts as that of the text",
+        "doctor/step/layer_checks.py",
+        "if layer.lm_gradient <= _LEAST_SHARE",
+        "if layer.lm_gradient <= -_LEAST_SHARE",
+        STEP,
+    ),
+    _fault(
+        "links between machines are compared with those within",
+        "doctor/cluster/cluster_checks.py",
+        "if one.is_inside == link.is_inside and one.ranks",
+        "if one.ranks",
+        CLUSTER,
+    ),
+    _fault(
+        "a clock is wrong by the time that asking takes",
+        "doctor/cluster/measure_cluster.py",
+        "max(least, before - theirs)",
+        "max(least, after - theirs)",
+        RANKS,
+    ),
+    _fault(
+        "the file system is that of the root",
+        "doctor/host_facts.py",
+        "return max(found, key=lambda pair: pair[0]",
+        "return min(found, key=lambda pair: pair[0]",
+        "doctor/test_host_facts.py",
+    ),
+    _fault(
+        "a disk may be fuller than full",
+        "doctor/static/storage_checks.py",
+        "count * each <= _RUSHED * free",
+        "each <= _RUSHED * free",
+        STATIC,
+    ),
+]
