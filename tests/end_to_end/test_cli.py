@@ -135,6 +135,11 @@ def metrics(workplace: Path, name: str = "tiny") -> list[dict]:
     return [without_clock(json.loads(line)) for line in lines]
 
 
+def report(workplace: Path) -> str:
+    """The page that a run leaves in its folder, which is the newest of its starts."""
+    return (workplace / "runs/tiny/report.html").read_text()
+
+
 def checkpoints(workplace: Path) -> Sequence[str]:
     """Names in the checkpoint folder."""
     return sorted(p.name for p in (workplace / "runs/tiny/checkpoints").iterdir())
@@ -170,6 +175,7 @@ def test_a_run_trains_evaluates_saves_and_shows_what_it_learned(
     assert "experts_kernel: auto" not in (folder / "config.yaml").read_text()
     routing = json.loads((folder / "routing.jsonl").read_text().splitlines()[0])
     assert sum(routing["counts"][0]) == 8 * 32 * 2
+    assert result.stdout.endswith("  report      runs/tiny/report.html\n") and "20 of 20" in report(workplace)
 
 
 def test_a_run_imports_no_large_package_that_it_does_not_use(
@@ -215,8 +221,9 @@ def test_ctrl_c_saves_and_the_run_goes_on(workplace: Path) -> None:
     stopped = stop_at(workplace, arguments, "step  15 ", signal.SIGINT)
     assert stopped.returncode == 75, stopped.stderr
     assert "stopped by SIGINT" in stopped.stdout and stopped.stderr == ""
-    assert len(checkpoints(workplace)) == 1
+    assert len(checkpoints(workplace)) == 1 and re.search("<bdi>1[5-9] of 200</bdi>", report(workplace))
     assert run(workplace, *arguments).returncode == 0
+    assert "200 of 200" in report(workplace)
     whole = [r["loss"] for r in metrics(workplace, "whole") if "loss" in r]
     assert [r["loss"] for r in metrics(workplace) if "loss" in r] == whole
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from trainer.config.dump import inline
 from trainer.console.formatting import duration, rate
 from trainer.report.markup import PageTable, details, figure_number, foreign, quoted, section, table
 from trainer.report.report_data import ReportData, RunCard
@@ -51,16 +52,19 @@ def comparison_section(names: Sequence[str], cards: Sequence[RunCard], cautions:
         return ""
     configs = [dict(_leaves(card.config)) for card in cards]
     keys = list(dict.fromkeys(key for config in configs for key in config))
-    differing = [[key, *(config.get(key, "-") for config in configs)] for key in keys if _differs(configs, key)]
+    differing = [key for key in keys if _differs(configs, key)]
+    common = [key for key in differing if all(key in config for config in configs)]
     results = dict.fromkeys(key for card in cards for key in card.last if not key.startswith(_NOT_RESULTS))
-    rows = [[key, *(card.last.get(key) for card in cards)] for key in results if key not in ("step", "tokens")]
-    parts = [
-        *(f"<p><b>Caution:</b> {quoted(caution)}.</p>" for caution in cautions),
-        table(PageTable(heads=["key", *names], rows=differing, caption="config, where it differs"))
-        if differing
-        else "<p>The configs are equal.</p>",
-        table(PageTable(heads=["result", *names], rows=rows, caption="last value of every metric")),
-    ]
+    measured = sorted(results, key=lambda key: not key.startswith("eval/"))  # held-out text first
+    rows = [[key, *(card.last.get(key) for card in cards)] for key in measured if key not in ("step", "tokens")]
+    parts = [*(f"<p><b>Caution:</b> {quoted(caution)}.</p>" for caution in cautions)]
+    if not differing:
+        parts.append("<p>The configs are equal.</p>")
+    tables = [_config_table(names, configs, common, "config, where it differs")] if common else []
+    tables.append(table(PageTable(heads=["result", *names], rows=rows, caption="last value of every metric")))
+    parts.append(f'<div class="pair">{"".join(f"<div>{one}</div>" for one in tables)}</div>')
+    if single := [key for key in differing if key not in common]:
+        parts.append(details("keys that not all of the runs have", _config_table(names, configs, single, "")))
     return section("differences", "Differences", "Between the runs of this page.", parts)
 
 
@@ -69,6 +73,11 @@ def _experts(card: RunCard) -> str:
         return "none: a dense model"
     chosen = "" if card.top_k is None else f", {card.top_k} for each token"
     return f"{card.num_experts} in each of {len(card.moe_layers)} layers{chosen}"
+
+
+def _config_table(names: Sequence[str], configs: Sequence[Mapping[str, str]], keys: Sequence[str], title: str) -> str:
+    rows = [[key, *(config.get(key, "-") for config in configs)] for key in keys]
+    return table(PageTable(heads=["key", *names], rows=rows, caption=title))
 
 
 def _parameters(card: RunCard) -> str | None:
@@ -100,4 +109,4 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         for index, inner in enumerate(value):
             yield from _leaves(inner, f"{key}.{index}")
     else:
-        yield key, "null" if value is None else str(value)
+        yield key, inline(value)

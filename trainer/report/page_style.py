@@ -32,7 +32,7 @@ figure, .card {
   min-width: 0;
 }
 .grid > figure, .maps > figure, .grid > .card { margin: 0 }
-.maps { display: flex; flex-wrap: wrap; gap: 14px; margin-bottom: 14px }
+.maps { display: flex; flex-wrap: wrap; gap: 10px; margin-bottom: 14px }
 .maps > figure { max-width: 100% }
 .maps figcaption { width: 0; min-width: 100% }
 .maps figcaption .note { display: block }
@@ -68,7 +68,7 @@ thead th { border-bottom: 1px solid var(--axis); white-space: nowrap }
 tbody tr + tr > * { border-top: 1px solid var(--grid) }
 .number { text-align: right }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-.heat td, .heat th { border: 0; padding: 2px 4px; text-align: center; min-width: 28px; white-space: nowrap }
+.heat td, .heat th { border: 0; padding: 2px 4px; text-align: center; min-width: 26px; white-space: nowrap }
 .heat tbody tr + tr > * { border-top: 1px solid var(--card) }
 .heat tbody th { text-align: right; font-weight: 400; padding-right: 8px }
 .heat thead th, .heat thead td { border: 0; font-weight: 400; color: var(--quiet) }
@@ -85,6 +85,7 @@ dd { margin: 0; overflow-wrap: anywhere }
   white-space: pre-wrap; overflow-wrap: anywhere;
 }
 .chip, .excerpt, code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .83rem }
+td:has(> .chip) { min-width: 200px }
 .chip small { color: var(--quiet) }
 .excerpt { margin: 3px 0; white-space: pre-wrap; overflow-wrap: anywhere }
 mark { background: var(--chip); color: inherit; font-weight: 700; border-bottom: 2px solid var(--link) }
@@ -106,14 +107,19 @@ th[aria-sort=descending] button::after { content: " \\2193" }
 @media (max-width: 600px) {
   .plot { font-size: 12px }
   figure, .card { padding: 10px 8px }
+  dl { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) }
+  td, th { padding: 3px 5px }
+  td:has(> .chip) ~ td:not(.number) { min-width: 130px }
+  thead th { white-space: normal; vertical-align: bottom }
   body { padding: 14px 10px 40px }
 }
 @media print {
   body { max-width: none; padding: 0 }
-  nav, summary, #readout, figure details, #card details { display: none }
+  nav, summary, #readout, figure details, .card details, #card details { display: none }
+  #words > details > summary, #words > div > details > summary { display: block; color: inherit; font-weight: 600 }
   figure, .card, tr { break-inside: avoid }
   details::details-content { content-visibility: visible; display: block; height: auto }
-  h2, h3 { break-after: avoid }
+  h2, h3, summary, section > .note { break-after: avoid }
   .wide { overflow: visible }
   .heat td, .swatch, .chip, mark, .plot { -webkit-print-color-adjust: exact; print-color-adjust: exact }
 }

@@ -76,7 +76,7 @@ def _words(names: Sequence[str], data: Sequence[ReportData]) -> str:
         "A percent is the share of a word's occurrences that chose it, which by chance is its percent of all tokens; "
         "domains are times their mean. In passages the token that was routed is marked; \u2423 is a space."
     )
-    return _beside(names, "words", "What each expert is for", note, bodies)
+    return _beside(names, "words", "What each expert is for", note, bodies, is_wide=True)
 
 
 def _expert_sections(names: Sequence[str], data: Sequence[ReportData]) -> list[str]:
@@ -114,15 +114,17 @@ def _fitting(sections: Sequence[str], room: int) -> list[str]:
     return kept
 
 
-def _beside(names: Sequence[str], anchor: str, title: str, note: str, bodies: Sequence[str]) -> str:
-    """Return a section with the same of all runs beside each other."""
+def _beside(
+    names: Sequence[str], anchor: str, title: str, note: str, bodies: Sequence[str], *, is_wide: bool = False
+) -> str:
+    """Return a section with the same of all runs beside each other, or below each other if it is wide."""
     if not any(bodies):
         return ""
     if len(names) == 1:
         return section(anchor, title, note, bodies)
     none = '<p class="note">nothing to show</p>'
     cells = [f"<div><h3>{foreign(name)}</h3>{body or none}</div>" for name, body in zip(names, bodies, strict=True)]
-    return section(anchor, title, note, [f'<div class="pair">{"".join(cells)}</div>'])
+    return section(anchor, title, note, cells if is_wide else [f'<div class="pair">{"".join(cells)}</div>'])
 
 
 def _contents(sections: Sequence[str]) -> str:

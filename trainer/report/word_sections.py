@@ -69,15 +69,17 @@ def _digest(layers: Sequence[LayerFindings], domains: Sequence[str], num_tokens:
         [
             layer,
             expert.expert,
-            round(100 * expert.tokens / max(1, num_tokens), 1),
-            ", ".join(f"{name} {lift:.2f}x" for name, lift in _preferred(expert, domains)),
-            ", ".join(f"{kind.text} {100 * kind.count / max(1, kind.occurrences):.0f} %" for kind in expert.kinds[:3]),
+            float(f"{100 * expert.tokens / max(1, num_tokens):.2g}"),
             tuple(word.text for word in (*expert.words[:_MOST_WORDS], *expert.ngrams[:_MOST_NGRAMS])),
+            ", ".join(f"{name} {lift:.2f}x" for name, lift in _preferred(expert, domains)),
+            ", ".join(
+                f"{kind.text} {100 * kind.count / max(1, kind.occurrences):.0f}\u00a0%" for kind in expert.kinds[:3]
+            ),
             round(100 * expert.explained),
         ]
         for layer, expert in experts
     ]
-    heads = ["layer", "expert", "% of tokens", "domains", "kinds of token", "words and n-grams", "% its words"]
+    heads = ["layer", "expert", "% of tokens", "words and n-grams", "domains", "kinds of token", "% its words"]
     caption = f"the {len(experts)} most specialised experts" if is_part else "in a line each"
     return table(PageTable(heads=heads, rows=rows, caption=caption))
 
