@@ -7,6 +7,7 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.choice import CheckpointChoice
 from trainer.checkpoint.compatible import check_record
 from trainer.checkpoint.find_checkpoint import CheckpointHandle, find, find_newest, removed_meanwhile
+from trainer.checkpoint.manifest import UnsupportedFormat
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.safetensors_file import check_finite_values
@@ -85,9 +86,12 @@ def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> Check
 
 
 def _find_intact(checkpoints: CheckpointFolder, step: int) -> CheckpointHandle:
-    checkpoint = find(checkpoints, step)
+    checkpoints.resolve_step(step)
     try:
+        checkpoint = find(checkpoints, step)
         check_finite_values(checkpoint.path, checkpoint.manifest.files)
+    except UnsupportedFormat:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{error}; use the checkpoint of another step") from None
     return checkpoint

@@ -38,7 +38,8 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         anomalies.check_replicas(run, run.start_step)
     stop.begin_steps()
     if config.train.stop_after is not None and run.start_step >= config.train.stop_after:
-        run.console.message(f"already at step {run.start_step}: train.stop_after is {config.train.stop_after}")
+        after = f"train.stop_after is {config.train.stop_after}; set it to null to go on"
+        run.console.message(f"already at step {run.start_step}: {after}")
         return None
     if run.early_stopping.is_over and run.start_step < config.train.steps:  # it does not go on by itself
         run.stopped_at = run.start_step
@@ -89,7 +90,8 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         recorder.enter("between steps")
         if stopped_by and not is_last:
             stop.obey()
-            run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to resume")
+            how = "set it to null to go on" if stopped_by == "train.stop_after" else "start again to resume"
+            run.console.message(f"stopped by {stopped_by} after step {done}: saved; {how}")
             return None
         if run.stopped_at is not None:
             run.console.message(f"stopped early after step {done}: {run.early_stopping.reason}")

@@ -55,15 +55,17 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
 
 
 def check_best(run: RunState) -> None:
-    """Forget the best checkpoint if it is not in the run folder: someone removed it, or this is a branch. Collective.
+    """Forget the best checkpoint if the run folder does not have it whole, as a branch has not. Collective.
 
     So a value from before never stands in the way of keeping a checkpoint.
     """
     best = run.best.found
-    if best is None or run.mesh.world.broadcast_object(run.saver.folder.of_step(best.step).is_dir()):
+    if best is None or run.mesh.world.broadcast_object(run.saver.folder.is_whole(best.step)):
         return
     run.best.forget()
-    run.console.message(f"the best checkpoint so far, of step {best.step}, is not in this folder: the next is the best")
+    run.console.message(
+        f"the best checkpoint so far, of step {best.step}, is not in this folder, or not whole: the next is the best"
+    )
 
 
 def load_state(

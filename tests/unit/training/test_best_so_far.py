@@ -2,21 +2,28 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from tests.checkpoint_helpers import save
 from tests.ranks import Ranks, mesh_here
 from tests.tiny_training import config_of_text, final_files, kill_after, train_here
 from trainer.checkpoint.best import BestCheckpoint
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.config import BestConfig
+from trainer.checkpoint.state import Slice, TrainState
 from trainer.cli import main
+from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError
 from trainer.training.best_so_far import BestSoFar
+from trainer.training.resume import check_best
 
 OVERRIDES = ["eval.every=5", "checkpoint.every=4", "checkpoint.keep=2", "eval.max_tokens_per_domain=16"]
 BEST = [*OVERRIDES, "checkpoint.best={metric: eval/loss, mode: max}"]
@@ -114,8 +121,28 @@ def test_a_kill_between_evaluation_and_save_changes_nothing(tmp_path: Path) -> N
     assert (final_files(run), _best(run), _steps(run)) == (files, best, [5, 8, 12])
     shutil.rmtree(run / "checkpoints/step_00000005")
     kill_after(run, 8)  # as if someone had removed it
-    assert "of step 5, is not in this folder" in train_here(config)
+    assert "of step 5, is not in this folder, or not whole" in train_here(config)
     assert (final_files(run), _best(run).step) == (files, 10)
+
+
+def test_a_best_checkpoint_that_is_cut_off_is_forgotten(tmp_path: Path) -> None:
+    folder, said = CheckpointFolder(tmp_path), list[str]()
+    state = TrainState(slices={"model.a": Slice.whole(torch.ones(4))})
+    best = BestCheckpoint(metric="eval/loss", mode="min", value=1.0, step=3)
+    path = save(folder, 3, state, {"best": best.record()}).path
+    run: Any = SimpleNamespace(
+        best=BestSoFar(BestConfig(metric="eval/loss")),
+        mesh=Mesh.of_one(),
+        saver=SimpleNamespace(folder=folder),
+        console=SimpleNamespace(message=said.append),
+    )
+    run.best.restore({"best": best.record()})
+    check_best(run)
+    assert run.best.found == best and not said
+    (tensors,) = path.glob("*.safetensors")
+    os.truncate(tensors, tensors.stat().st_size - 1)
+    check_best(run)
+    assert run.best.found is None and len(said) == 1
 
 
 def test_an_evaluation_whose_save_was_killed_is_taken_again(tmp_path: Path) -> None:

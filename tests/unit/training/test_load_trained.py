@@ -105,3 +105,15 @@ def test_a_run_without_an_average_says_so(tmp_path: Path) -> None:
     config, run = _trained(tmp_path, "train.ema=null")
     with pytest.raises(CheckpointError, match=r"step_00000004: has no moving average of its weights; .*train\.ema"):
         load_trained(config, run, AVERAGED, warn=pytest.fail)
+
+
+def test_a_damaged_checkpoint_that_is_named_says_what_to_do(tmp_path: Path) -> None:
+    config, run = _trained(tmp_path, "train.ema=null", "train.steps=2", "eval.tasks=[]")
+    (file,) = max(run.checkpoints.iterdir()).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged \(its SHA-256 .*; use the checkpoint of another step"):
+        load_trained(config, run, CheckpointChoice(step=2), warn=pytest.fail)
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7; it has 2$"):
+        load_trained(config, run, CheckpointChoice(step=7), warn=pytest.fail)
