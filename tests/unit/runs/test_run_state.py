@@ -52,7 +52,9 @@ def test_a_young_process_with_the_number_of_a_dead_one_is_not_it(run: Path) -> N
     assert read_state(run).state == "running"
 
 
-def test_a_running_run_says_how_far_and_how_fast_and_names_its_ranks(run: Path) -> None:
+def test_a_running_run_says_how_far_and_how_fast_and_names_its_ranks(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(run)
     folder.lock()
     assert (read_state(run).state, read_state(run).phase) == ("running", "start-up")
@@ -63,6 +65,7 @@ def test_a_running_run_says_how_far_and_how_fast_and_names_its_ranks(run: Path) 
     assert (state.tokens_per_s, state.step_s, state.left_s, state.loss) == (50, 2, 2, 1.5)
     assert state.troubled == []
     now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     cases: list[tuple[dict[str, Any], str | None]] = [
         ({"step": 2}, "is behind: in step 2, others are in 9"),
         ({"step": 7}, None),  # within two seconds' steps and one
