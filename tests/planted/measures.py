@@ -220,4 +220,18 @@ FAULTS = [
         "if not is_new and not is_worse and -step",
         "metrics/alarms/test_alarms.py",
     ),
+    in_package(
+        "a router that begins to learn rings",
+        "metrics/alarms/alarms.py",
+        "or is_lasting) or watched.is_recovering():",
+        "or is_lasting):",
+        "metrics/alarms/test_alarms.py",
+    ),
+    in_package(
+        "a jump that a bias evens out is a growing imbalance",
+        "metrics/alarms/balance_rules.py",
+        "is_lasting=not self._has_moving_bias(observation, layer),",
+        "is_lasting=True,",
+        "metrics/alarms/test_alarms.py",
+    ),
 ]

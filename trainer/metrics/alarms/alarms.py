@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.metrics.alarms.advice import advice
@@ -15,7 +15,7 @@ from trainer.metrics.alarms.symptom import AlarmName, Symptom, TrainingFacts, pl
 
 _FEWEST_LINES = 3
 _WORSE = 2.0
-"""Growth of the severity with which an alarm that goes on is shown again."""
+"""Growth of the severity with which an alarm that goes on is shown again, and fall with which it goes by itself."""
 
 AlarmKey = tuple[AlarmName, int | None, int | None]
 """Alarm, layer and rank."""
@@ -65,6 +65,18 @@ class _Watched:
     shown_step: int | None = None
     """Step at which its alarm was shown; None: it has not rung."""
     shown_severity: float = 0.0
+    recent: list[tuple[int, float]] = field(default_factory=list)
+    """Logged steps of the last `patience` ones, three at least, with their severities."""
+
+    @classmethod
+    def of(cls, *fields: Any) -> "_Watched":
+        """Return what a checkpoint has; older ones have no severities."""
+        recent = [(int(step), float(severity)) for step, severity in (fields[5] if len(fields) > 5 else [])]
+        return cls(*fields[:5], recent=recent)
+
+    def is_recovering(self) -> bool:
+        """Return whether it is half as bad as it was lately: a router that begins to learn needs no cure."""
+        return _WORSE * self.recent[-1][1] <= max(severity for _, severity in self.recent)
 
 
 class Alarms:
@@ -104,8 +116,11 @@ class Alarms:
         since = step if symptom.since is None else symptom.since
         watched = self._watched.setdefault(key, _Watched(since=since, lines=0, last_step=step))
         watched.lines, watched.last_step = watched.lines + 1, step
-        is_lasting = step - watched.since >= self._config.patience and watched.lines >= _FEWEST_LINES
-        if not (symptom.is_lasting or is_lasting):
+        patience = self._config.patience
+        lately = sum(before >= step - patience for before, _ in watched.recent)
+        watched.recent = [*watched.recent[-max(lately, _FEWEST_LINES - 1) :], (step, symptom.severity)]
+        is_lasting = step - watched.since >= patience and watched.lines >= _FEWEST_LINES
+        if not (symptom.is_lasting or is_lasting) or watched.is_recovering():
             return None
         is_new = watched.shown_step is None
         is_worse = symptom.severity >= _WORSE * watched.shown_severity
@@ -147,12 +162,13 @@ class Alarms:
     def record(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON values."""
         watched = [
-            [*key, w.since, w.lines, w.last_step, w.shown_step, w.shown_severity] for key, w in self._watched.items()
+            [*key, w.since, w.lines, w.last_step, w.shown_step, w.shown_severity, [list(seen) for seen in w.recent]]
+            for key, w in self._watched.items()
         ]
         return {"watched": watched, **{name: rule.record() for name, rule in self._windows.items()}}
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Restore a `record`; an empty one, of a checkpoint without alarms, begins anew."""
-        self._watched = {(a, layer, rank): _Watched(*rest) for a, layer, rank, *rest in record.get("watched", [])}
+        self._watched = {(a, layer, rank): _Watched.of(*rest) for a, layer, rank, *rest in record.get("watched", [])}
         for name, rule in self._windows.items():
             rule.restore(record.get(name, {}))

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.metrics.alarms.config import AlarmsConfig
-from trainer.metrics.alarms.observation import Observation
+from trainer.metrics.alarms.observation import Observation, of_layer
 from trainer.metrics.alarms.symptom import Symptom, TrainingFacts, severity_below
 
 _FEWEST_EXPECTED = 20.0
 """Assignments of an even share below which an expert may be without any by chance."""
 _GROWTH_STEPS = 60
+_NEAR = 0.95
+"""Share of the highest imbalance of these steps below which it falls already."""
 
 
 def imbalance_limit(config: AlarmsConfig, observation: Observation, layer: int) -> float:
@@ -121,7 +123,8 @@ class ImbalanceGrowth:
             values = [imbalances[layer] for _, imbalances in inside]
             means = [math.fsum(part) / len(part) for part in (values[:third], values[third:-third], values[-third:])]
             is_rising = means[0] < means[1] < means[2] and means[2] >= growth * means[0]
-            if is_rising and means[2] >= imbalance_limit(self._config, observation, layer):
+            goes_back = values[-1] < _NEAR * max(values)
+            if is_rising and not goes_back and means[2] >= imbalance_limit(self._config, observation, layer):
                 yield Symptom(
                     alarm="imbalance_growth",
                     layer=self._facts.layers[layer],
@@ -130,8 +133,14 @@ class ImbalanceGrowth:
                     text=f"the busiest expert's load rose from {means[0]:.2f} to {means[2]:.2f} times the mean in "
                     f"{_GROWTH_STEPS} steps",
                     severity=means[2],
-                    is_lasting=True,
+                    is_lasting=not self._has_moving_bias(observation, layer),
+                    since=step - _GROWTH_STEPS,
                 )
+
+    def _has_moving_bias(self, observation: Observation, layer: int) -> bool:
+        """Return whether a selection bias will even out a jump of the load, so that one line of growth says nothing."""
+        change, steps = of_layer(observation.bias_change, layer), self._config.bias_steps
+        return change is not None and steps is not None and change * steps >= 1
 
     def record(self) -> dict[str, Any]:
         """Return the state as JSON values."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -56,6 +57,45 @@ def test_a_condition_that_comes_and_goes_never_rings() -> None:
 def test_rare_lines_need_three_of_them() -> None:
     alarms = Alarms(AlarmsConfig(), FACTS)
     assert [event.step for event in ring(alarms, range(100, 600, 100), 0.0)] == [300]
+
+
+def test_what_recovers_does_not_ring_until_it_stays_as_it_is() -> None:
+    """As the information of a router that begins to learn, in the first 100 steps of a narrow model."""
+    for every in (10, 60):
+        growing = Alarms(AlarmsConfig(), FACTS)
+        assert not [event for n in range(1, 20) for event in growing.look(seen(every * n, 1e-4 * 1.5**n))]
+    staying = Alarms(AlarmsConfig(), FACTS)
+    assert not ring(staying, range(10, 30, 10), 1e-4)
+    assert [event.step for event in ring(staying, range(30, 200, 10), 0.01)] == [80], (
+        "50 steps after the last worse one"
+    )
+
+
+def test_a_checkpoint_without_severities_is_read() -> None:
+    alarms = Alarms(AlarmsConfig(), FACTS)
+    alarms.restore({"watched": [["entropy_zero", 1, None, 10, 5, 50, None, 0.0]]})
+    assert [event.since for event in alarms.look(seen(60, 0.001))] == [10]
+
+
+def test_an_imbalance_that_jumps_and_goes_back_does_not_ring_and_one_that_grows_does() -> None:
+    """As of configs/shakespeare_char.yaml with seed 3, whose bias takes 50 steps to even it out."""
+    jump = [1.42, 1.39, 1.32, 1.17, 1.34, 2.36, 2.35, 2.19, 2.31, 1.96, 1.31, 1.42, 1.54]
+    steps = range(140, 270, 10)
+
+    def rung(imbalances: list[float], *, bias_change: float | None = None) -> list[tuple[str, int]]:
+        alarms, found = Alarms(AlarmsConfig(), FACTS), list[AlarmEvent]()
+        for step, busiest in zip(steps, imbalances, strict=True):
+            rest, change = 250 * (4 - busiest) / 3, [] if bias_change is None else [bias_change]
+            load = {"counts": [[250 * busiest, rest, rest, rest]], "experts_per_token": 1.0}
+            found += alarms.look(replace(seen(step), **load, bias_change=change))
+        return [(event.alarm, event.step) for event in found if event.state == "rings"]
+
+    assert rung(jump) == [], "it falls already when the means show it"
+    slower = [2.4 if busiest > 2.1 else busiest for busiest in jump]
+    assert rung(slower, bias_change=0.01) == [], "and where it does not, the bias needs some steps"
+    assert rung(slower) == rung(slower, bias_change=1e-6) == [("imbalance_growth", 210)], "nothing evens it out"
+    grown = [min(3.9, 1.2 + 0.3 * n) for n in range(13)]
+    assert (rung(grown), rung(grown, bias_change=0.01)) == ([("imbalance_growth", 200)], [("imbalance_growth", 220)])
 
 
 def test_a_rank_rings_only_if_it_is_always_the_same() -> None:
