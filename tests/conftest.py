@@ -1,6 +1,5 @@
 """Fixtures and settings of all tests. One thread: test tensors are tiny, and tests share the cores."""
 
-import gc
 import signal
 from collections.abc import Iterator
 
@@ -10,7 +9,6 @@ from hypothesis import settings
 
 from tests.ranks import Ranks
 
-gc.disable()  # until all tests are collected: it would look through a million objects again and again
 torch.set_num_threads(1)
 settings.register_profile("turnout", deadline=None)  # times mean nothing on shared cores
 settings.load_profile("turnout")
@@ -26,11 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _SLOW_FOLDERS & set(item.path.parts):
             item.add_marker(pytest.mark.slow)
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

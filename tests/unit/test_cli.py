@@ -28,7 +28,7 @@ COMMANDS = {command.prog: command for command in commands(command_line())}
 
 def test_there_are_all_commands() -> None:
     assert {"turnout train", "turnout eval", "turnout generate", "turnout checkpoint prune"} <= COMMANDS.keys()
-    assert len(COMMANDS) == 44
+    assert len(COMMANDS) == 45
 
 
 def test_ctrl_c_before_there_is_a_command_is_one_line() -> None:

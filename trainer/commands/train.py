@@ -15,6 +15,7 @@ from trainer.distributed.mpi_environment import check_tasks, task_warning
 from trainer.distributed.rank_layout import check_layout, layout_from_environment
 from trainer.distributed.signals import StopRequest
 from trainer.environment import SUPERVISOR, check_rank_variables
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.expert_placement import named_placement
 from trainer.status import StatusFile
@@ -27,7 +28,10 @@ from trainer.terminal import print_safe
 def add(subparsers: Subparsers) -> None:
     """Add the commands with their arguments."""
     example = "configs/smoke.yaml train.steps=100 name=longer"
-    add_branch(add_config(add_command(subparsers, "train", train_command, example=example), RUN))
+    sub = add_config(add_command(subparsers, "train", train_command, example=example), RUN)
+    add_branch(sub)
+    what = "take one fake step, without memory and data, and print what it needs"
+    sub.add_argument("--dry-run", action="store_true", help=what)
 
     example = "configs/smoke.yaml --nproc 2 parallel.ep_size=2"
     sub = add_config(add_command(subparsers, "launch", launch_command, example=example), RUN)
@@ -42,6 +46,8 @@ def add(subparsers: Subparsers) -> None:
 def train_command(options: argparse.Namespace) -> int:
     """Train a config, or resume its run."""
     check_rank_variables()
+    if options.dry_run:
+        return _dry_run(options)
     is_alone = not (os.environ.get("WORLD_SIZE") or os.environ.get(SUPERVISOR))
     if is_alone:
         check_tasks(os.environ, expected=1)
@@ -74,6 +80,17 @@ def train_command(options: argparse.Namespace) -> int:
             write_final_page(config, folder, status, stop, is_finished=code == 0)
         status.end(code)
         return code
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    """Take one fake step as this process's rank."""
+    config, _, branch, _ = _named_run(options)
+    if branch is not None:
+        raise ConfigError("--dry-run: a branch is made of a run, and nothing may be written; leave out --branch")
+    layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
+    from trainer.plan.dry_run import dry_run
+
+    return dry_run(config, layout)
 
 
 def launch_command(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -217,10 +217,18 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
     if world.device.type != "cpu":
         gloo = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo"))
         host = Group("host", everyone, me=layout.rank, handle=gloo, recorder=recorder, watch=watch)
+    saver = Group("saving", everyone, me=layout.rank, handle=saving, recorder=FlightRecorder())
+    return mesh_of_groups(layout, group, world=world, host=host, saving=saver)
+
+
+def mesh_of_groups(
+    layout: Layout, group: Callable[[str, list[list[int]]], Group], *, world: Group, host: Group, saving: Group
+) -> Mesh:
+    """Return the mesh of a rank; `group` makes its group of a kind, given a name and the ranks of all of that kind."""
     return Mesh(
         layout=layout,
         host=host,
-        saving=Group("saving", everyone, me=layout.rank, handle=saving, recorder=FlightRecorder()),
+        saving=saving,
         world=world,
         ep=group("ep", layout.ep_ranks()),
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),

@@ -29,12 +29,14 @@ def parallelize(
     mesh: Mesh,
     device: torch.device,
     *,
-    seed: int,
+    seed: int | None,
     dtype: torch.dtype,
     can_compile: bool,
     placement: ExpertPlacement | None = None,
 ) -> GPT:
     """Apply a layout to a model on the meta device, in place; results change by floating-point reordering only.
+
+    Without a `seed` the weights have no values.
 
     1. Every MoE layer gets the configured dispatcher and keeps its local experts: those of `placement`, or of the
        config's.
@@ -65,6 +67,8 @@ def parallelize(
         model.to_empty(device=device)
     else:
         _allocate(model, device)
+    if seed is None:
+        return model
     sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}
     initialize(model, seed, {name: WeightShard(local(p), shard_index(p)) for name, p in sharded.items()})
     return model

@@ -55,38 +55,59 @@ class MessageCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the operation if it communicates, and run it."""
-        name = func.name() if hasattr(func, "name") else ""
-        if name.startswith("c10d::"):
-            self._count(name.removeprefix("c10d::").strip("_"), args)
+        call = call_of(func, args)
+        if call is not None:
+            sent = self.sent
+            sent.collectives[call.name] = sent.collectives.get(call.name, 0) + 1
+            sent.messages += call.messages
+            may_be_rows = call.name.startswith(("alltoall", "allgather"))
+            sent.add(call.bytes_sent, are_rows=may_be_rows and call.width == self.width)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: Sequence[Any]) -> None:
-        handle = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
-        group = None if handle is None else dist.ProcessGroup.unbox(handle)
-        if group is None or group.size() == 1 or name.startswith("barrier"):
-            return
-        sent, others = self.sent, group.size() - 1
-        sent.collectives[name] = sent.collectives.get(name, 0) + 1
-        if name.startswith("alltoall_base"):
-            x = args[1]
-            there = [rows * _row_bytes(x) for rows in args[4] or [len(x) // group.size()] * group.size()]
-            there[group.rank()] = 0
-            sent.messages += sum(size > 0 for size in there)
-            sent.add(sum(there), are_rows=self._are_rows(x))
-            return
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveCall:
+    """One collective of a rank."""
+
+    name: str
+    """Torch's name, such as `allreduce`."""
+    ranks: tuple[int, ...]
+    """Global ranks of its group."""
+    bytes_sent: int
+    """By this rank to others."""
+    messages: int
+    width: int | None
+    """Last dimension of floating-point rows; None: they are none."""
+
+
+def call_of(func: Any, args: Sequence[Any]) -> CollectiveCall | None:
+    """Return the collective that an operation is; None if it sends nothing."""
+    name = func.name() if hasattr(func, "name") else ""
+    if not name.startswith("c10d::"):
+        return None
+    name = name.removeprefix("c10d::").strip("_")
+    handle = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
+    group = None if handle is None else dist.ProcessGroup.unbox(handle)
+    if group is None or group.size() == 1 or name.startswith("barrier"):
+        return None
+    others = group.size() - 1
+    if name.startswith("alltoall_base"):
+        x = args[1]
+        there = [rows * _row_bytes(x) for rows in args[4] or [len(x) // group.size()] * group.size()]
+        there[group.rank()] = 0
+        size, messages = sum(there), sum(size > 0 for size in there)
+    else:
         tensors = _flat(args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0])
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size, messages, x = sum(tensor.numel() * tensor.element_size() for tensor in tensors), others, tensors[0]
         if name.startswith("allreduce"):
             size = 2 * size * others // group.size()
         elif name.startswith("reduce_scatter"):
             size = size * others // group.size()
         else:
             size *= others
-        sent.messages += others
-        sent.add(size, are_rows=name.startswith("allgather") and self._are_rows(tensors[0]))
-
-    def _are_rows(self, x: Tensor) -> bool:
-        return x.is_floating_point() and x.dim() > 1 and x.shape[-1] == self.width
+    width = x.shape[-1] if x.is_floating_point() and x.dim() > 1 else None
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return CollectiveCall(name=name, ranks=ranks, bytes_sent=size, messages=messages, width=width)
 
 
 def _row_bytes(x: Tensor) -> int:

@@ -1,0 +1,87 @@
+"""Law: a fake step needs the bytes, and sends the messages, that the same step on real ranks does."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import Ranks, mesh_here
+from trainer.config.loader import load
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import Layout
+from trainer.experiment import ExperimentConfig
+from trainer.plan.fake_ranks import fake_mesh, fake_tensors
+from trainer.plan.fake_step import load_of, runnable
+from trainer.plan.step_probe import ProbedStep, ProbeOptions, WindowRecorder, probe_step
+from trainer.plan.tensor_bytes import OverLimit
+
+TINY = [
+    *("model.num_layers=2", "model.d_model=16", "model.num_heads=2", "model.seq_len=8", "model.moe.d_ff=16"),
+    *("train.global_batch_size=8", "parallel.micro_batch_size=2"),
+]
+BY_NUMBER = "model.moe.router={kind: round_robin, top_k: 2}"
+"""Routing that depends on no values, so that both steps have the same rows."""
+OF_TWO = {
+    "replicate": ["parallel.recompute=block"],
+    "shard, nothing kept": ["parallel.data=shard", "parallel.shard_keeps=nothing"],
+    "experts, sharded": ["parallel.ep_size=2", "parallel.data=shard", "parallel.shard_keeps=weights"],
+    "deduplicated": ["parallel.ep_size=2", "parallel.dispatcher={kind: deduplicated_all_to_all}"],
+    "gathered": ["parallel.ep_size=2", "parallel.dispatcher={kind: all_gather}", "parallel.recompute=experts"],
+    "padded": ["parallel.ep_size=2", "model.moe.capacity.factor=1.5", "parallel.dispatcher.kind=padded_all_to_all"],
+    "ZeRO 2": ["engine={kind: deepspeed, zero_stage: 2}", "parallel.ep_size=2"],
+}
+OF_FOUR = {"copies of shards": ["parallel.data=shard", "parallel.shard_size=2", "parallel.ep_size=2"]}
+
+
+def config_of(overrides: list[str], router: str = BY_NUMBER) -> ExperimentConfig:
+    return runnable(load("configs/quickstart.yaml", [*TINY, router, *overrides], ExperimentConfig), "cpu")
+
+
+def real_steps(cases: list[list[str]], router: str = BY_NUMBER) -> list[ProbedStep]:
+    steps = []
+    for overrides in cases:
+        config = config_of(overrides, router)
+        own = config.parallel
+        mesh = mesh_here(ep_size=own.ep_size, shard_size=own.shard_size, recorder=WindowRecorder())
+        steps.append(probe_step(config, mesh, torch.device("cpu"), ProbeOptions(num_ids=256, seed=1)))
+    return steps
+
+
+def fake_one(overrides: list[str], world_size: int, router: str = BY_NUMBER, **more: Any) -> ProbedStep:
+    config = config_of(overrides, router)
+    own = config.parallel
+    layout = Layout(world_size=world_size, ep_size=own.ep_size, shard_size=own.shard_size)
+    with fake_mesh(layout) as mesh, fake_tensors(load_of(config, own.ep_size, 1.0)):
+        return probe_step(config, mesh, torch.device("cpu"), ProbeOptions(num_ids=256, **more))
+
+
+def check_equal(real: ProbedStep, fake: ProbedStep, name: str) -> None:
+    assert (fake.weights, fake.resident) == (real.weights, real.resident), name
+    assert fake.operations.collectives == real.operations.collectives, name
+    assert fake.operations.flops == real.operations.flops > 0, name
+    assert fake.peak == pytest.approx(real.peak, rel=0.01), name
+
+
+@pytest.mark.parametrize(("world_size", "cases"), [(2, OF_TWO), (4, OF_FOUR)])
+def test_bytes_and_messages_are_those_of_real_ranks(ranks: Ranks, world_size: int, cases: dict[str, list[str]]) -> None:
+    real = ranks.run(world_size, real_steps, list(cases.values()))
+    for number, (name, overrides) in enumerate(cases.items()):
+        check_equal(real[0][number], fake_one(overrides, world_size), name)
+
+
+def test_routing_by_values_needs_the_bytes_of_an_even_load(ranks: Ranks) -> None:
+    router = "model.moe.router={kind: top_k, top_k: 2}"
+    real = ranks.run(2, real_steps, [["parallel.ep_size=2"]], router)
+    fake = fake_one(["parallel.ep_size=2"], 2, router)
+    assert fake.operations.flops == pytest.approx(real[0][0].operations.flops, rel=0.15)
+    assert (real[0][0].peak + real[1][0].peak) / 2 == pytest.approx(fake.peak, rel=0.05)
+
+
+def test_a_step_fails_with_a_byte_less_than_the_plan_says() -> None:
+    config, fake = config_of([]), fake_one([], 1)
+    recorder = WindowRecorder()
+    whole = probe_step(config, Mesh.of_one(recorder), torch.device("cpu"), ProbeOptions(num_ids=256, seed=1))
+    assert whole.peak == fake.peak
+    with pytest.raises(OverLimit):
+        less = ProbeOptions(num_ids=256, seed=1, limit=fake.peak - 1)
+        probe_step(config, Mesh.of_one(WindowRecorder()), torch.device("cpu"), less)

@@ -1,0 +1,34 @@
+"""Faults of fake steps, and of what a plan makes of them."""
+
+from tests.planted.fault import in_package
+
+FAULTS = [
+    in_package(
+        "freed tensors count on",
+        "plan/tensor_bytes.py",
+        "self.live -= self._sizes.pop(key)[1]",
+        "self._sizes.pop(key)",
+        "plan/test_tensor_bytes.py",
+    ),
+    in_package(
+        "a plan forgets a micro-batch",
+        "plan/step_cost.py",
+        "wanted - taken + 1)",
+        "wanted - taken)",
+        "plan/test_step_cost.py",
+    ),
+    in_package(
+        "an all-reduce is looked up by what a rank sends",
+        "plan/step_time.py",
+        "seconds_at(links.all_reduce, sent * size / (2 * (size - 1)))",
+        "seconds_at(links.all_reduce, sent)",
+        "plan/test_step_time.py",
+    ),
+    in_package(
+        "a choice of experts repeats one",
+        "plan/assumed_load.py",
+        "expert.view(self.top_k, num_tokens).T.contiguous()",
+        "expert.view(num_tokens, self.top_k)",
+        "plan/test_assumed_load.py",
+    ),
+]

@@ -1,0 +1,92 @@
+"""The command `plan`, and `train --dry-run`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.cli import parse_command_line
+from trainer.config.loader import load
+from trainer.errors import ConfigError, ResourceError
+from trainer.experiment import ExperimentConfig
+
+TINY = [
+    *("model.num_layers=2", "model.d_model=32", "model.num_heads=2", "model.seq_len=16", "model.moe.d_ff=16"),
+    *(
+        "train.global_batch_size=8",
+        "--micro-batch",
+        "2",
+        "--engine",
+        "native",
+        "--recompute",
+        "none",
+        "--seconds",
+        "1e6",
+    ),
+]
+
+
+def run(*arguments: str, name: str = "plan") -> int:
+    options = parse_command_line([name, "configs/quickstart.yaml", *arguments])
+    return options.command(options)
+
+
+def test_layouts_are_ranked_and_the_first_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "planned.yaml"
+    assert run(*TINY, "--world-size", "2", "--gpu", "CPU", "--write", str(target)) == 0
+    said = capsys.readouterr().out
+    assert "quickstart on 2 cpu, 2 in a machine" in said and "of a model, not measured" in said
+    rows = [line for line in said.splitlines() if line.startswith((" 1.", " 2."))]
+    assert len(rows) == 2
+    config = load(target, [], ExperimentConfig)
+    assert config.parallel.micro_batch_size == 2 and config.model.d_model == 32
+    assert f"turnout launch {target} --nproc 2" in said
+    with pytest.raises(ConfigError, match="exists; name a new file"):
+        run(*TINY, "--world-size", "2", "--gpu", "cpu", "--write", str(target))
+
+
+def test_what_has_no_room_is_refused_with_the_nearest_option(capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*TINY, "--world-size", "2", "--gpu", "cpu"]
+    run(*few, "--json", "--top", "2")
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["layouts"]
+    peaks = sorted(one["peak_bytes"] for one in found)
+    assert all(one["fits"] for one in found) and len(peaks) == 2
+    with pytest.raises(ResourceError, match=r"does not fit on 2 cpu.* kB too much \(ep_size .*; use more ranks"):
+        run(*few, "--memory", str(0.9 * peaks[0] / 1e9))
+    with pytest.raises(ResourceError, match=r"weights, gradients and moments alone need .* at ep_size 1, shard all"):
+        run(*few, "--memory", "1e-6")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--world-size 12 --gpu H100", "12 ranks do not fill machines of 8; use 8 or 16, or say by --nodes"),
+        ("--world-size 12 --gpu H100 --nodes 5", "5 does not divide --world-size 12; use one of 1, 2, 3, 4, 6, 12"),
+        ("--world-size 2 --gpu H100 --recompute all", "--recompute: 'all' is not known; use none, norms_and_acti"),
+        ("--world-size 2 --gpu H100 --ep-size 3", "no layout has these choices on 2 ranks"),
+        ("--world-size 2 --gpu H100 --trace x --imbalance 2", "give one of --imbalance and --trace"),
+    ],
+)
+def test_wrong_requests_are_refused(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(*arguments.split())
+
+
+def test_the_ids_of_a_tokenizer_that_is_not_read_are_asked_for() -> None:
+    text = "data.tokenizer={kind: file, path: absent.json}"
+    with pytest.raises(ConfigError, match=r"known once its file is read; set model.vocab_size"):
+        run(text, "--world-size", "2", "--gpu", "H100")
+
+
+def test_a_dry_run_takes_a_step_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [one for one in TINY if "=" in one]
+    config = Path("configs/quickstart.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    options = parse_command_line(["train", str(config), *overrides, "--dry-run"])
+    assert options.command(options) == 0
+    said = capsys.readouterr().out
+    assert "dry run of quickstart: rank 0 of 1, engine native" in said and " of tensors, in the " in said
+    assert list(tmp_path.iterdir()) == []

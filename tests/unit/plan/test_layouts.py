@@ -1,0 +1,72 @@
+"""Layouts that are possible, and those that have no room."""
+
+import pytest
+
+from trainer.config.loader import load
+from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
+from trainer.plan.gpus import GPUS, gpu_named
+from trainer.plan.layouts import Choices, Cluster, PlannedLayout, estimated_seconds, layouts_of, least_state_bytes
+
+CONFIG = load("configs/quickstart.yaml", ["train.global_batch_size=64"], ExperimentConfig)
+
+
+def cluster(world_size: int, per_node: int = 8) -> Cluster:
+    gpu = gpu_named("h100")
+    return Cluster(world_size, per_node, gpu, gpu.usable)
+
+
+def test_every_layout_is_allowed_and_all_sizes_of_experts_are_there() -> None:
+    found = list(layouts_of(CONFIG, cluster(16), Choices()))
+    assert {layout.ep_size for layout in found} == {1, 2, 4, 8}
+    assert {layout.micro_batch_size for layout in found} == {1, 2, 4}
+    assert {(layout.data, layout.shard_size) for layout in found} == {
+        ("replicate", None),
+        ("shard", None),
+        ("shard", 8),
+    }
+    assert {layout.zero_stage for layout in found if layout.engine == "deepspeed"} == {1, 2}
+    assert len(set(found)) == len(found)
+    for layout in found[::7]:
+        assert layout.applied(CONFIG) is not None
+
+
+def test_a_layout_is_the_config_with_its_own_keys_changed() -> None:
+    layout = PlannedLayout(ep_size=2, data="shard", recompute="block", micro_batch_size=4, shard_keeps="weights")
+    config = layout.applied(CONFIG)
+    assert config is not None and config.model == CONFIG.model and config.train == CONFIG.train
+    assert (config.parallel.ep_size, config.parallel.recompute, config.parallel.shard_keeps) == (2, "block", "weights")
+    assert PlannedLayout(data="shard", engine="deepspeed").applied(CONFIG) is None
+
+
+def test_hops_over_nodes_are_tried_where_experts_span_them() -> None:
+    found = list(layouts_of(CONFIG, cluster(16, per_node=2), Choices(ep_sizes=[2, 4])))
+    assert {layout.hierarchical for layout in found if layout.ep_size == 2} == {False}
+    assert {layout.hierarchical for layout in found if layout.ep_size == 4} == {False, True}
+
+
+def test_more_sharing_needs_less_and_more_rows_surely_need_more() -> None:
+    whole = PlannedLayout()
+    sizes = [
+        least_state_bytes(CONFIG, layout, 8, 256)
+        for layout in (whole, PlannedLayout(ep_size=2), PlannedLayout(ep_size=8), PlannedLayout(data="shard"))
+    ]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == pytest.approx(8 * sizes[3], rel=1e-6)
+    less = PlannedLayout(recompute="block", micro_batch_size=2)
+    assert PlannedLayout(recompute="experts", micro_batch_size=4).contains(less)
+    assert not less.contains(PlannedLayout(recompute="experts", micro_batch_size=2))
+    assert not PlannedLayout(ep_size=2, micro_batch_size=8).contains(less)
+
+
+def test_the_estimate_prefers_work_that_is_done_once() -> None:
+    times = [
+        estimated_seconds(CONFIG, PlannedLayout(recompute=name, micro_batch_size=4), cluster(16), 256)
+        for name in ("none", "norms_and_activations", "experts", "block")
+    ]
+    assert times == sorted(times)
+
+
+def test_an_unknown_device_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match="--gpu: 'H1000' is not in the table; use one of A100, H100, H200, B200"):
+        gpu_named("H1000")
+    assert all(gpu.source and 0 < gpu.usable <= gpu.memory for gpu in GPUS.values())

@@ -1,0 +1,50 @@
+"""Measured links."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.plan.gpus import gpu_named
+from trainer.plan.links import read_links, seconds_at
+
+GOOD: dict[str, Any] = {
+    "schema": 1,
+    "ranks": 2,
+    "all_reduce": [{"bytes": 4000, "seconds": 0.02}, {"bytes": 1000, "seconds": 0.01}],
+    "all_to_all": [{"bytes": 1000, "seconds": 0.005}],
+    "matmul_flops_per_s": 2e11,
+    "memory_bytes_per_s": 1e10,
+}
+
+
+def written(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps({**GOOD, **changes}))
+    return path
+
+
+def test_times_are_between_the_measured_ones(tmp_path: Path) -> None:
+    links = read_links(written(tmp_path / "links.json"))
+    assert [seconds_at(links.all_reduce, size) for size in (10, 1000, 2500, 4000, 8000)] == pytest.approx(
+        [0.01, 0.01, 0.015, 0.02, 0.04]
+    )
+    gpu = links.of(gpu_named("cpu"))
+    assert gpu.flops["float32"] == 2e11 and gpu.bandwidth == 1e10 and gpu.reached.products == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 2}, "has schema 2, and this version reads 1"),
+        ({"all_to_all": []}, "a collective has no measurement"),
+        ({"matmul_flops_per_s": -1}, "-1.0 is not a positive number"),
+        ({"all_reduce": [{"bytes": 1}]}, "'seconds'"),
+    ],
+)
+def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_links(written(tmp_path / "links.json", **changes))
+    with pytest.raises(ConfigError, match="No such file or directory; write one by turnout doctor --cluster"):
+        read_links(tmp_path / "absent.json")

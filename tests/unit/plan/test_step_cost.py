@@ -1,0 +1,36 @@
+"""Extrapolation of a step to more layers and micro-batches."""
+
+import pytest
+
+from trainer.config.loader import load
+from trainer.experiment import ExperimentConfig
+from trainer.plan.layer_pattern import layer_pattern
+from trainer.plan.measure_layout import Ranks, measure_layout
+
+SHAPE = [
+    *("model.d_model=16", "model.num_heads=2", "model.seq_len=8", "model.moe.d_ff=16", "model.num_layers=4"),
+    *("train.global_batch_size=8", "parallel.micro_batch_size=1"),
+]
+TWO = Ranks(world_size=2, per_node=2, device="cpu")
+CASES = {
+    "alike": ["parallel.data=shard", "parallel.ep_size=2"],
+    "every second": ["model.moe.every=2", "parallel.recompute={every: 2}", "parallel.data=shard", "model.num_layers=8"],
+}
+
+
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+def test_what_is_extrapolated_is_what_the_whole_model_needs(overrides: list[str]) -> None:
+    config = load("configs/quickstart.yaml", [*SHAPE, *overrides], ExperimentConfig)
+    assert layer_pattern(config) is not None, "otherwise nothing is extrapolated"
+    short, whole = measure_layout(config, TWO), measure_layout(config, TWO, whole=True)
+    assert (short.weights, short.resident) == (whole.weights, whole.resident)
+    assert short.peak == pytest.approx(whole.peak, rel=1e-3)
+    for unit in ("calls", "bytes", "messages", "flops"):
+        assert short.total(unit) == whole.total(unit), unit
+    for unit in ("moved", "operations"):  # sharding prepares something in its first step
+        assert short.total(unit) == pytest.approx(whole.total(unit), rel=0.06), unit
+
+
+def test_layers_that_have_names_of_their_own_are_not_extrapolated() -> None:
+    config = load("configs/quickstart.yaml", [*SHAPE, "model.moe.layers=[1, 4]"], ExperimentConfig)
+    assert layer_pattern(config) is None

@@ -1,0 +1,89 @@
+"""Measured speeds of this cluster, as `doctor --cluster` writes them. Imports no torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from trainer.config.nodes import shown_path
+from trainer.errors import ConfigError
+from trainer.plan.gpus import Gpu, Reached
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """Times of collectives by the bytes of the tensor that each rank passes, on so many ranks, and speeds of a rank."""
+
+    ranks: int
+    all_reduce: Sequence[tuple[float, float]]
+    """(bytes, seconds), ascending."""
+    all_to_all: Sequence[tuple[float, float]]
+    flops: float
+    bandwidth: float
+
+    def of(self, gpu: Gpu) -> Gpu:
+        """Return a device with the measured speeds, which are reached."""
+        reached = (
+            replace(gpu.reached, products=1.0, memory=1.0)
+            if gpu.name != "cpu"
+            else Reached(products=1.0, memory=1.0, overlap=0.0, operation_s=gpu.reached.operation_s)
+        )
+        return replace(gpu, flops=dict.fromkeys(gpu.flops, self.flops), bandwidth=self.bandwidth, reached=reached)
+
+
+def read_links(path: Path) -> Links:
+    """Read a file of measurements.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    where = f"--links: {shown_path(path)}"
+    advice = "; write one by turnout doctor --cluster"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}{advice}") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: is not JSON: {error}{advice}") from None
+    try:
+        if found["schema"] != SCHEMA:
+            raise ConfigError(f"{where}: has schema {found['schema']}, and this version reads {SCHEMA}{advice}")
+        return Links(
+            ranks=int(found["ranks"]),
+            all_reduce=_curve(found["all_reduce"]),
+            all_to_all=_curve(found["all_to_all"]),
+            flops=_positive(found["matmul_flops_per_s"]),
+            bandwidth=_positive(found["memory_bytes_per_s"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: is not a measurement of links: {error}{advice}") from None
+
+
+def seconds_at(curve: Sequence[tuple[float, float]], num_bytes: float) -> float:
+    """Return the time of a message of so many bytes: between measurements on a line, beyond the last in proportion."""
+    (first, least), *_ = curve
+    if num_bytes <= first:
+        return least
+    for (low, before), (high, after) in pairwise(curve):
+        if num_bytes <= high:
+            return before + (after - before) * (num_bytes - low) / (high - low)
+    last, most = curve[-1]
+    return most * num_bytes / last
+
+
+def _curve(points: Any) -> list[tuple[float, float]]:
+    curve = sorted((_positive(point["bytes"]), _positive(point["seconds"])) for point in points)
+    if not curve:
+        raise ValueError("a collective has no measurement")
+    return curve
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < 1e30:
+        raise ValueError(f"{number} is not a positive number")
+    return number

@@ -1,0 +1,182 @@
+"""Build a run's model and engine and take steps, real or fake, while bytes, collectives and operations are counted.
+
+# B rows of a micro-batch, S tokens in a row.
+"""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.data.batches.batch import Batch
+from trainer.distributed.flight_recorder import FlightRecorder
+from trainer.distributed.mesh import Mesh
+from trainer.experiment import ExperimentConfig
+from trainer.parallel.parallelize import parallelize
+from trainer.plan.step_operations import StepOperations
+from trainer.plan.tensor_bytes import TensorBytes, Window
+from trainer.training.model import meta_model, numerics
+
+_LR = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeOptions:
+    """How a step is taken."""
+
+    num_ids: int
+    """Ids of the tokenizer."""
+    num_micro_batches: int | None = None
+    """Micro-batches of the step; None: as many as the config's."""
+    first_micro_batches: int = 1
+    """Micro-batches of the step before it."""
+    seed: int | None = None
+    """Seed of the weights and tokens; None: they have no values."""
+    limit: int | None = None
+    """Bytes of tensors that may be alive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbedStep:
+    """One rank's step once the optimizer has its state."""
+
+    weights: int
+    """Bytes of the weights and buffers of this rank."""
+    resident: int
+    """Bytes that are alive when a step begins: weights, moments, what the engine keeps, and the rows of the step."""
+    batch: int
+    """Bytes of the rows of a micro-batch."""
+    peaks: dict[Window, int]
+    """Most bytes alive in each window of the step."""
+    operations: StepOperations
+    """What was computed and sent."""
+    first: StepOperations
+    """The same of the step before it."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive."""
+        return max(self.peaks.values())
+
+
+class WindowRecorder(FlightRecorder):
+    """Flight recorder that passes the phases of a step on to a count."""
+
+    counts: TensorBytes | None = None
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase."""
+        super().enter(phase)
+        if self.counts is not None:
+            self.counts.enter(phase)
+
+
+def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, options: ProbeOptions) -> ProbedStep:
+    """Take a step of a config whose kernel is resolved, on one rank of a mesh with a `WindowRecorder`.
+
+    Nothing is compiled. Before it, another step is taken, with fewer micro-batches.
+
+    Raises:
+        OverLimit: if more bytes are alive at once than the limit.
+    """
+    operations, first = StepOperations(), StepOperations()
+    with ExitStack() as stack:
+        counts = stack.enter_context(TensorBytes(options.limit))
+        model = parallelize(
+            meta_model(config, options.num_ids),
+            config.parallel,
+            mesh,
+            device,
+            seed=options.seed,
+            dtype=numerics(config).dtype,
+            can_compile=False,
+        )
+        weights = counts.live
+        engine = config.engine.build(model, config.optim, numerics(config), mesh)
+        stack.callback(engine.close)
+        engine.held()  # makes the optimizer's state, so that the first step is as every other
+        before = counts.live
+        batches = _random_batches(config, mesh, options)
+        batch = (counts.live - before) // len(batches)
+        with first:
+            engine.train_step(batches[: options.first_micro_batches], lr=_LR)
+        gc.collect()  # cycles of the first step would be freed at some moment of the second
+        resident = counts.live
+        counts.peaks.clear()
+        with _following(counts, mesh, model.blocks), operations:
+            engine.train_step(batches, lr=_LR)
+    return ProbedStep(
+        weights=weights,
+        resident=resident,
+        batch=batch,
+        peaks=dict(counts.peaks),
+        operations=operations,
+        first=first,
+    )
+
+
+def shape_of_batches(config: ExperimentConfig, world_size: int) -> tuple[int, int]:
+    """Return the number of micro-batches of a rank and the rows of each, as the stream splits a step."""
+    rows = -(-config.train.global_batch_size // world_size)
+    num_batches = -(-rows // config.parallel.micro_batch_size)
+    return num_batches, -(-rows // num_batches)
+
+
+def _random_batches(config: ExperimentConfig, mesh: Mesh, options: ProbeOptions) -> list[Batch]:
+    """Return micro-batches of random tokens; the same on all ranks."""
+    num_batches, B = shape_of_batches(config, mesh.layout.world_size)
+    generator = torch.Generator().manual_seed(options.seed or 0)
+    return [
+        _random_batch(torch.randint(0, options.num_ids, (B, config.model.seq_len + 1), generator=generator))
+        for _ in range(options.num_micro_batches or num_batches)
+    ]
+
+
+def _random_batch(text: Tensor) -> Batch:
+    B, S = text.shape[0], text.shape[1] - 1
+    yes, zero = torch.ones(B, S, dtype=torch.bool), torch.zeros(B, S, dtype=torch.int64)
+    return Batch(
+        tokens=text[:, :-1].contiguous(),
+        targets=text[:, 1:].contiguous(),
+        loss_mask=yes,
+        valid=yes,
+        document_id=zero,
+        position=torch.arange(S).expand(B, S).contiguous(),
+        domain=zero,
+        sample_id=zero + torch.arange(B)[:, None],
+    )
+
+
+@contextmanager
+def _following(counts: TensorBytes, mesh: Mesh, blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[None]:
+    """Give the phases and blocks of a step windows of their own."""
+    recorder, handles = mesh.world.recorder, []
+    assert isinstance(recorder, WindowRecorder), "the mesh was made for it"
+    for number, block in enumerate(blocks):
+        handles += _watch_block(counts, number, block)
+    recorder.counts = counts
+    try:
+        yield
+    finally:
+        recorder.counts = None
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_block(counts: TensorBytes, number: int, block: nn.Module) -> list[Any]:
+    """Begin a window when a block's forward pass begins, and when the gradient of its output is there."""
+
+    def before(_: nn.Module, inputs: Any) -> None:
+        counts.enter("forward", number)
+
+    def after(_: nn.Module, inputs: Any, output: Any) -> None:
+        counts.enter("forward", None)
+        hidden = output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: counts.enter("backward", number))
+
+    return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
