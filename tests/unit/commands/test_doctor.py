@@ -7,6 +7,7 @@ import pytest
 
 from tests.run_folders import make_run
 from trainer.cli import parse_command_line
+from trainer.doctor.cluster.measure_cluster import Workload
 from trainer.errors import ConfigError
 
 
@@ -63,7 +64,11 @@ def test_what_is_missing_is_named(arguments: list[str], message: str) -> None:
         doctor(*arguments)
 
 
-def test_one_rank_is_measured_and_its_links_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_one_rank_is_measured_and_its_links_are_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Workload(width=64, copied=1 << 16, sizes=[1 << 10], link=1 << 10, burst_s=0.0, budget_s=0.0)
+    monkeypatch.setattr(Workload, "of", lambda device: tiny)
     assert doctor("smoke", "parallel.device=cpu", "--cluster", "--json", "--links", str(tmp_path / "links.json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cluster"] == json.loads((tmp_path / "links.json").read_text())

@@ -222,9 +222,10 @@ def test_nothing_is_found_where_nothing_is_wrong(overrides: list[str], folder: P
 
 @pytest.mark.parametrize("name", ["smoke", "quickstart", "founding/sparse_expert_model", "stages/pretrain"])
 def test_nothing_is_found_in_a_step_of_a_shipped_config(name: str, folder: Path) -> None:
-    config = load(ROOT / f"configs/{name}.yaml", [f"data.cache_dir={folder}/cache"], ExperimentConfig)
+    short = SHORT.replace("FOLDER", str(folder))  # their own text takes seconds to read
+    config = load(ROOT / f"configs/{name}.yaml", [short, f"data.cache_dir={folder}/cache"], ExperimentConfig)
     evidence = measure_step(shrink(config), Mesh.of_one(), torch.device("cpu"), warn=lambda _: None)
-    assert examine(CHECKS, evidence) == []
+    assert {finding.check for finding in examine(CHECKS, evidence)} <= {"many_epochs"}, "the text is short"
 
 
 def test_a_leak_is_none_where_the_model_says_that_it_looks_ahead(folder: Path) -> None:
