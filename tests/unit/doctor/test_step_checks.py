@@ -34,13 +34,15 @@ CHECKS = (*STEP_CHECKS, *TEXT_CHECKS)
 LOOP = "parallel.experts_kernel=loop"
 SHORT = "data.sources=[{kind: jsonl, domain: short, path: FOLDER/short.jsonl}]"
 """Texts of little more than half a row, so that no two fit into one."""
+PROMPTS = SHORT.replace("}]", ", prompt: '{text} {text}', text: '{end}'}]")
+"""Prompts that are read and not learned, whose experts in the last layer get no gradient."""
 TOP_K = "model.moe.router={kind: top_k, top_k: 2}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doctor")
-    lines = [json.dumps({"text": f"line number {number:04}"}) for number in range(200)]
+    lines = [json.dumps({"text": f"line number {number:04}", "end": "!"}) for number in range(200)]
     (folder / "short.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -210,6 +212,7 @@ def test_every_check_of_a_step_has_a_seeded_fault() -> None:
         ["model.moe=null"],
         ["model.moe.router={kind: expert_choice}", "model.moe.balance.coef=0"],
         ["model.moe.router={kind: hash, top_k: 2}"],
+        [PROMPTS, "data.packing=bfd", "model.seq_len=40", "model.moe.num_experts=16", "train.global_batch_size=3"],
         ["model.moe.router={kind: switch}", "model.moe.capacity.factor=1.25", "train.dtype=bfloat16"],
         ["model.moe.router={kind: group_limited, groups: 2, groups_kept: 1, bias_update_rate: 0.001}"],
         ["model.moe.router={kind: top_k, null_experts: 2}", "train.freeze=[embedding]", "parallel.ep_size=2"],

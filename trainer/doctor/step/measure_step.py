@@ -19,6 +19,7 @@ from trainer.engine.step import Accumulated, StepEngine
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.parameter_roles import is_adapter, is_decayed, parameter_role
+from trainer.moe.routing import RoutingOptions
 from trainer.optim.schedule import resolve_warmup
 from trainer.prove.gather import gather_state
 from trainer.training.memory import check_memory
@@ -114,8 +115,10 @@ def _take_step(config: ExperimentConfig, engine: StepEngine, batches: Sequence[B
         return
     before = _Before.of(engine, gradients)
     if step.routing is not None:
-        for layer, counts in zip(evidence.layers, step.routing.counts.tolist(), strict=True):
-            _experts_gradients(layer, counts, gradients.get(f"blocks.{layer.layer}.ffn.experts.w_out"))
+        targets = _target_counts(config, engine, batches)
+        for layer, counts, learned in zip(evidence.layers, step.routing.counts.tolist(), targets, strict=True):
+            layer.counts = counts
+            _experts_gradients(layer, learned, gradients.get(f"blocks.{layer.layer}.ffn.experts.w_out"))
     result = engine.apply(step, lr=rate)
     evidence.not_finite = result.not_finite
     if not result.skipped:
@@ -127,15 +130,34 @@ def _numbers(step: Accumulated) -> tuple[float, float]:
     return float(step.total.loss), float(step.grad_norm)
 
 
-def _experts_gradients(layer: LayerEvidence, counts: Sequence[int], gradient: Tensor | None) -> None:
-    """Compare the assignments of experts with the gradient of their second product (E, D, F); None: it is frozen."""
-    layer.counts = counts
-    if gradient is None or len(gradient) != len(counts):
+@torch.no_grad()
+def _target_counts(config: ExperimentConfig, engine: StepEngine, batches: Sequence[Batch]) -> list[list[int]]:
+    """Return (L, E) the assignments of tokens whose targets count in the loss; zeros where the step may differ.
+
+    In the last layer, tokens that count in no loss give an expert no gradient. A drawn k, or drops, are not repeated.
+    """
+    moe = config.model.moe
+    layers = len(engine.model.moe_layers())
+    if moe is None or moe.can_drop or getattr(moe.router, "top_k_choices", None) is not None:
+        return [[0] * (0 if moe is None else moe.num_experts)] * layers
+    options = RoutingOptions(noise_seed=config.seed, counts_targets_only=True)
+    with engine.autocast():
+        outputs = [engine.model(batch.to(engine.device), options) for batch in batches]
+    counts = [torch.stack([stats.counts.sum(0) for stats in output.moe]) for output in outputs]  # (L, E) each
+    return torch.stack(counts).sum(0).tolist()
+
+
+def _experts_gradients(layer: LayerEvidence, targets: Sequence[int], gradient: Tensor | None) -> None:
+    """Compare assignments of experts with the gradient of their second product (E, D, F); None: it is frozen."""
+    if gradient is None or len(gradient) != len(layer.counts):
         return
-    has_gradient = gradient.flatten(1).abs().amax(1) > 0
-    pairs = list(enumerate(zip(counts, has_gradient.tolist(), strict=True)))
-    layer.silent_experts = [expert for expert, (count, has) in pairs if count and not has]
-    layer.unfed_gradients = [expert for expert, (count, has) in pairs if has and not count]
+    has_gradient = (gradient.flatten(1).abs().amax(1) > 0).tolist()
+    layer.silent_experts = [
+        e for e, (count, has) in enumerate(zip(targets, has_gradient, strict=True)) if count and not has
+    ]
+    layer.unfed_gradients = [
+        e for e, (count, has) in enumerate(zip(layer.counts, has_gradient, strict=True)) if has and not count
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ class LayerEvidence:
     unfed_gradients: Sequence[int] = ()
     """Experts without a token that have a gradient."""
     silent_experts: Sequence[int] = ()
-    """Experts with tokens that have none."""
+    """Experts with tokens whose targets count in the loss that have none."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.doctor.finding import Sign
 from trainer.doctor.step.step_evidence import StepCheck, StepEvidence
 
-_MOST_PADDING = 0.25
+_MOST_PADDING = 0.4
 _FEWEST_TARGETS = 0.02
 _MOST_EPOCHS = 40
 _SPARE = 1.25
