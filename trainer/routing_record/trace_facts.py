@@ -3,15 +3,17 @@
 # n tokens, L MoE layers, k experts per token, m experts listed for each token.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config
+from trainer.config.base import Config, Problem
 from trainer.config.numbers import Experts, Length, Whole
 from trainer.moe.layer_options import CapacityConfig
 
 Split = Literal["held-out", "train"]
+_MAX_TOKENS: Final = 1 << 27
 
 
 class TraceFacts(Config):
@@ -45,6 +47,12 @@ class TraceFacts(Config):
     """FLOPs of an expert for one row, forward."""
     other_flops: Whole
     """FLOPs of all else for one token, forward."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse passes that no machine has made: their tensors would not fit into its memory."""
+        if self.rows_per_pass * self.row_length > _MAX_TOKENS:
+            what = f"{self.rows_per_pass} rows of {self.row_length} positions are more than {_MAX_TOKENS} tokens"
+            yield Problem("rows_per_pass", f"{what} in a pass")
 
 
 def trace_tensors(trace: TraceFacts, *, num_layers: int, top_k: int) -> dict[str, tuple[list[int], str]]:
