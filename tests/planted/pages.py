@@ -61,4 +61,18 @@ FAULTS = [
         "",
         "commands/test_final_page.py",
     ),
+    _fault(
+        "the letters of a word begin it each",
+        "report/token_kinds.py",
+        "& begins & goes_on, _INSIDE",
+        "& begins & ~goes_on, _INSIDE",
+        "report/test_token_kinds.py",
+    ),
+    _fault(
+        "a log with a number of a million digits has no page",
+        "report/run_logs.py",
+        "all(map(_is_count, row))",
+        "all(isinstance(n, int | float) for n in row)",
+        PAGE,
+    ),
 ]

@@ -41,7 +41,8 @@ class _Axes:
     high: float
 
     def x(self, step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - self.first) / ((self.last - self.first) or 1)
+        share = (step - self.first) / (self.last - self.first) if self.last > self.first else 0.5
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * share
 
     def y(self, value: float) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (value - self.low) / ((self.high - self.low) or 1)
