@@ -158,7 +158,10 @@ class ExperimentConfig(Config):
         if ep_size > moe.num_experts:
             given = f"{ep_size} ranks cannot share {moe.num_experts} experts (model.moe.num_experts)"
             yield Problem("parallel.ep_size", f"{given}; use at most {moe.num_experts}")
-        least = moe.num_experts // ep_size
+        least, replicas = moe.num_experts // ep_size, self.parallel.replicas
+        if ep_size > 1 and replicas > (most := moe.num_experts - -(-moe.num_experts // ep_size)):
+            problem = f"{replicas}, and all other ranks together may have only {most} experts; use at most {most}"
+            yield Problem("parallel.replicas", problem)
         if isinstance(dispatcher, ExchangeOptions) and 0 < least < dispatcher.chunks:
             experts = f"only {least} experts ({moe.num_experts} over ep_size {ep_size})"
             problem = f"{dispatcher.chunks} chunks, and a rank may have {experts}; use at most {least}"

@@ -193,42 +193,48 @@ def test_experts_in_chunks_learn_the_same(ranks: Ranks, data: str) -> None:
     _compare(ranks, (4, 2), MODELS["dropless"], {"dispatcher": {"kind": "all_to_all", "chunks": 3}, "data": data})
 
 
-PLACED: dict[str, tuple[tuple[int, int], dict[str, Any], dict[str, Any], int]] = {
-    "all_to_all": ((4, 2), MODELS["previous_step"], {}, 1),
+PLACED: dict[str, tuple[tuple[int, int], int, dict[str, Any], dict[str, Any], int]] = {
+    "all_to_all": ((4, 2), 0, MODELS["previous_step"], {}, 1),
     "in chunks of two hops, micro-batches": (
         (4, 4),
+        1,
         MODELS["dropless"],
         {"dispatcher": {"kind": "hierarchical", "chunks": 2}},
         2,
     ),
-    "tokens once per rank": ((2, 2), OTHER_ROUTERS["null experts"], {"dispatcher": {"kind": DEDUPLICATED}}, 1),
+    "tokens once per rank": ((2, 2), 3, OTHER_ROUTERS["null experts"], {"dispatcher": {"kind": DEDUPLICATED}}, 1),
     "padded, uneven": (
         (3, 3),
+        2,
         MODELS["bias_balanced, jitter, capacity"],
         {"dispatcher": {"kind": "padded_all_to_all"}},
         1,
     ),
-    "all_gather, diversity": (
+    "all_gather, diversity, biases": (
         (2, 2),
-        OTHER_ROUTERS["device balance, diversity"],
+        1,
+        {"expert_bias": True, **OTHER_ROUTERS["device balance, diversity"]},
         {"dispatcher": {"kind": "all_gather"}},
         1,
     ),
-    "a row budget": ((2, 2), MODELS["dropless"], {"dispatcher": {"kind": "all_to_all", "row_budget": 1.0}}, 1),
-    "sharded": ((4, 2), MODELS["bias_balanced, jitter, capacity"], {"data": "shard"}, 2),
+    "a row budget": ((2, 2), 1, MODELS["dropless"], {"dispatcher": {"kind": "all_to_all", "row_budget": 1.0}}, 1),
+    "sharded": ((4, 2), 2, MODELS["bias_balanced, jitter, capacity"], {"data": "shard", "recompute": "block"}, 2),
 }
-"""Ranks and ep_size, model, other options and micro-batches."""
+"""Ranks and ep_size, copies on each rank, model, other options and micro-batches."""
 
 
 @pytest.mark.parametrize("case", PLACED)
 def test_experts_learn_the_same_wherever_they_are(ranks: Ranks, tmp_path: Path, case: str) -> None:
-    """Under a placement drawn for each layer."""
-    (world_size, ep_size), moe, parallel, num_pieces = PLACED[case]
+    """Under a placement drawn for each layer, with copies."""
+    (world_size, ep_size), num_copies, moe, parallel, num_pieces = PLACED[case]
     drawn, (plain,) = random.Random(case), contiguous_placement(1, 8, ep_size).owners
     owners = tuple(tuple(drawn.sample(plain, len(plain))) for _ in range(2))
-    write_placement(tmp_path / "p.json", ExpertPlacement(num_ranks=ep_size, owners=owners))
-    parallel = {**parallel, "ep_size": ep_size, "placement": str(tmp_path / "p.json")}
-    together = _compare(ranks, (world_size, ep_size), moe, parallel, num_pieces=num_pieces)
+    others = [[[e for e in range(8) if owner[e] != rank] for rank in range(ep_size)] for owner in owners]
+    copies = tuple(tuple(tuple(drawn.sample(held, num_copies)) for held in layer) for layer in others)
+    placement = ExpertPlacement(num_ranks=ep_size, owners=owners, copies=copies if num_copies else ())
+    write_placement(tmp_path / "p.json", placement)
+    where = {"ep_size": ep_size, "placement": str(tmp_path / "p.json"), "replicas": num_copies}
+    together = _compare(ranks, (world_size, ep_size), moe, {**parallel, **where}, num_pieces=num_pieces)
     parts = [mine["state"].slices["model.blocks.1.ffn.experts.w_in"] for mine in together]
     expected = [[e for e in range(8) if owners[1][e] == rank % ep_size] for rank in range(world_size)]
     if "data" not in parallel:

@@ -6,9 +6,23 @@ FAULTS = [
     in_package(
         "tokens go to where their experts were by number",
         "moe/layer.py",
-        "return decision.renumbered(self.position)",
-        "return decision",
+        "placed = decision if self.places is None else self.places.placed(decision)",
+        "placed = decision",
         "training/test_place_experts.py::test_a_run_goes_on_with_its_experts_on_other_ranks",
+    ),
+    in_package(
+        "experts do not learn from the rows of their copies",
+        "moe/dispatch/expert_copies.py",
+        "weight.index_select(0, self._index)",
+        "weight.detach().index_select(0, self._index)",
+        "tests/laws/test_expert_parallel.py::test_experts_learn_the_same_wherever_they_are[tokens once per rank]",
+    ),
+    in_package(
+        "every rank's rows begin with an expert's own place",
+        "moe/expert_places.py",
+        "+ (self._first_turn - 1)",
+        "- 1",
+        "moe/test_expert_places.py",
     ),
     in_package(
         "the bound of a placement takes the heaviest experts for the lightest",

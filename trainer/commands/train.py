@@ -130,4 +130,5 @@ def _check_placement(config: ExperimentConfig) -> None:
     """Raise a ConfigError if the file of a placement does not fit."""
     moe, parallel = config.model.moe, config.parallel
     if moe is not None and parallel.ep_size > 1:
-        named_placement(parallel.placement, len(config.model.moe_layers), moe.num_experts, parallel.ep_size)
+        sizes = len(config.model.moe_layers), moe.num_experts, parallel.ep_size
+        named_placement(parallel.placement, *sizes, num_copies=parallel.replicas)

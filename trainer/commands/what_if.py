@@ -33,6 +33,8 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--ep-size", type=_numbers, metavar="N,M", default=[], help="ranks that the experts are on")
     what = "contiguous, round_robin, greedy or balanced (from this trace), or a JSON file (contiguous)"
     sub.add_argument("--placement", type=names, metavar="A,B", default=["contiguous"], help=what)
+    what = "copies of other ranks' experts on each rank, as parallel.replicas (0)"
+    sub.add_argument("--replicas", type=whole, metavar="N", default=0, help=what)
     what = "write the balanced placement over the one --ep-size, for parallel.placement"
     sub.add_argument("--write-placement", type=as_path, metavar="FILE", help=what)
     what = f"what sends: {', '.join(DISPATCHERS)} (all_to_all)"
@@ -94,6 +96,7 @@ def what_if_command(options: argparse.Namespace) -> int:
         top_ks=options.top_k,
         ep_sizes=options.ep_size,
         placements=options.placement,
+        replicas=options.replicas,
         policy=options.policy,
         dispatchers=options.dispatcher,
         speeds=None if options.flops is None else (options.flops, options.bandwidth),
@@ -102,7 +105,8 @@ def what_if_command(options: argparse.Namespace) -> int:
         predictions = predict_all(options.trace, wanted, run)
     said = []
     if options.write_placement is not None:
-        said.append(write_best_placement(options.trace, options.ep_size[0], options.write_placement))
+        file, size = options.write_placement, options.ep_size[0]
+        said.append(write_best_placement(options.trace, size, file, num_copies=options.replicas))
     if options.json:
         found = [{**asdict(one), "drop_rate": one.drop_rate} for one in predictions]
         print(json.dumps({"trace": str(trace), "predictions": found}))

@@ -1,6 +1,6 @@
 """Experts of one layer: E feed-forward networks with stacked weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class Experts(nn.Module):
 
     def matrices(self) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
         """Return both weights, with the factors of their additions; None without one."""
-        found = ((weight, self._adapter(name)) for name, weight in (("w_in", self.w_in), ("w_out", self.w_out)))
+        weights = dict(self.named_parameters())
+        found = ((weights[name], self._adapter(name, weights)) for name in ("w_in", "w_out"))
         return [(weight, None if low is None else (low.a, low.b)) for weight, low in found]
 
     def keep(self, numbers: Sequence[int]) -> None:
@@ -73,6 +74,7 @@ class Experts(nn.Module):
         *,
         num_rows: int | None = None,
         part: tuple[int, int] | None = None,
+        copies: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return for each token of x (N, D) the weighted sum of its experts' outputs, in slot order.
 
@@ -82,24 +84,45 @@ class Experts(nn.Module):
             weight: (N, k) combine weights, at least float32.
             num_rows: number of experts that the tokens have here; None: it is counted, which waits for the device.
             part: first and last + 1 of the local experts to apply; None: all.
+            copies: weights of further experts, by name, numbered after the local ones. Their outputs are added to the
+                sums of these.
 
         Returns:
             (N, D) in the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is
             summed.
         """
-        w_in, w_out, b_in, b_out = self.w_in, self.w_out, self.w_in_bias, self.w_out_bias
-        adapters = ExpertAdapters(self._adapter("w_in"), self._adapter("w_out")) if self.lora_scales else None
-        if part is not None:
-            w_in, w_out = w_in[slice(*part)], w_out[slice(*part)]
-            b_in, b_out = (None if bias is None else bias[slice(*part)] for bias in (b_in, b_out))
-            adapters = None if adapters is None else adapters.part(*part)
+        own = dict(self.named_parameters(recurse=False))
+        if copies is None:
+            cut = own if part is None else {name: weights[slice(*part)] for name, weights in own.items()}
+            return self._run(cut, x, expert_index, weight, num_rows)
+        num_own, num_copies = len(self.w_in), len(copies["w_in"])
+        first, end = part or (0, num_own + num_copies)
+        cut = {name: weights[min(first, num_own) : min(end, num_own)] for name, weights in own.items()}
+        more = {name: weights[max(0, first - num_own) : max(0, end - num_own)] for name, weights in copies.items()}
+        num_own, num_copies = len(cut["w_in"]), len(more["w_in"])
+        index_of_copy = torch.where(expert_index < num_own, num_copies, expert_index - num_own)
+        sums = [
+            self._run(weights, x, index, weight, None)
+            for weights, index in ((cut, expert_index), (more, index_of_copy))
+            if len(weights["w_in"])
+        ]
+        return sums[0] if len(sums) == 1 else sums[0] + sums[1]
+
+    def _run(
+        self, weights: Mapping[str, Tensor], x: Tensor, expert_index: Tensor, weight: Tensor, num_rows: int | None
+    ) -> Tensor:
+        """Apply the experts that have these weights, by name."""
+        b_in, b_out = weights.get("w_in_bias"), weights.get("w_out_bias")
+        adapters = None
+        if self.lora_scales:
+            adapters = ExpertAdapters(self._adapter("w_in", weights), self._adapter("w_out", weights))
         return run_experts(
             self.kernel,
             x,
             expert_index,
             weight,
-            w_in,
-            w_out,
+            weights["w_in"],
+            weights["w_out"],
             self.activation,
             biases=None if b_in is None or b_out is None else ExpertBiases(b_in, b_out),
             adapters=adapters,
@@ -108,7 +131,7 @@ class Experts(nn.Module):
             recompute=self.recompute,
         )
 
-    def _adapter(self, name: str) -> LowRank | None:
+    def _adapter(self, name: str, weights: Mapping[str, Tensor]) -> LowRank | None:
         if name not in self.lora_scales:
             return None
-        return LowRank(getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b"), self.lora_scales[name])
+        return LowRank(weights[f"{name}_lora_a"], weights[f"{name}_lora_b"], self.lora_scales[name])

@@ -1,15 +1,19 @@
 """The MoE layer: route, limit to capacity, dispatch, apply the experts, combine."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.moe.capacity import limit_to_capacity
-from trainer.moe.dispatch.base import Dispatcher
+from trainer.moe.dispatch.base import Dispatcher, LendExperts, RunExperts
+from trainer.moe.expert_places import ExpertPlaces
 from trainer.moe.expert_similarity import ExpertOutputs
 from trainer.moe.experts import Experts
 from trainer.moe.layer_options import CapacityConfig
-from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.moe.routing import Router, RouterOutput, RoutingContext
 from trainer.moe.stats import MoEStats, collect_stats
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
@@ -46,8 +50,10 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
         self.dispatcher, self.capacity, self.layer = dispatcher, capacity, layer
         self.needs_importance, self.needs_expert_similarity = needs_importance, needs_expert_similarity
-        self.position: Tensor | None = None
-        """(E,) place of each expert in the order of ranks, by which dispatchers number them; None: its own number."""
+        self.places: ExpertPlaces | None = None
+        """Places of experts by which the dispatcher numbers them; None: their numbers."""
+        self.lend: LendExperts | None = None
+        """Sends weights of experts to the ranks that have copies of them; None: there are none."""
 
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, MoEStats]:
         """Return the layer's output for x (B, S, D), 0 for padding, and its statistics."""
@@ -66,14 +72,15 @@ class MoE(nn.Module):
                 "so it has not used them; pass its choice through context.chosen, or do without train.routing_replay"
             )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
-        placed = self._placed(decision)
+        placed = decision if self.places is None else self.places.placed(decision)
+        borrowed = None if self.lend is None else self.lend(self.experts)
         if self.needs_expert_similarity:
-            outputs = ExpertOutputs.of(self.dispatcher, tokens, placed, self.experts)
+            outputs = ExpertOutputs.of(self.dispatcher, tokens, placed, self._with_copies(borrowed))
             shared, out, expert_similarity = self._apply_shared(x, context), outputs.sums(), outputs.similarity()
         else:
             begun = self.dispatcher.begin(tokens, placed)
             shared = self._apply_shared(x, context)  # while tokens travel
-            out, expert_similarity = self.dispatcher.finish(begun, self.experts), None
+            out, expert_similarity = self.dispatcher.finish(begun, self._with_copies(borrowed)), None
         with self.dispatcher.step_timer.within("combine"):
             out = out.to(torch.promote_types(x.dtype, decision.combine_weight.dtype)).view(x.shape)
             out = out if shared is None else out + shared
@@ -81,12 +88,8 @@ class MoE(nn.Module):
             routed, decision, context, needs_importance=self.needs_importance, expert_similarity=expert_similarity
         )
 
-    def _placed(self, decision: RoutingDecision) -> RoutingDecision:
-        """Return the decision with the places of experts in place of their numbers, which all else goes by."""
-        if self.position is None:
-            return decision
-        self.position = self.position.to(decision.expert_index.device, non_blocking=True)  # it moves once
-        return decision.renumbered(self.position)
+    def _with_copies(self, borrowed: Callable[[], Mapping[str, Tensor]] | None) -> RunExperts:
+        return self.experts if borrowed is None else partial(self.experts, copies=borrowed())
 
     def _apply_shared(self, x: Tensor, context: RoutingContext) -> Tensor | None:
         """Return the outputs of the shared experts (B, S, D), 0 for padding; None without them."""

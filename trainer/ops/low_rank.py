@@ -31,10 +31,6 @@ class LowRank(NamedTuple):
             a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
         return LowRank(a, b, self.scale)
 
-    def part(self, first: int, end: int) -> "LowRank":
-        """Return the addition to the matrices of some of the experts."""
-        return self._replace(a=self.a[first:end], b=self.b[first:end])
-
 
 class LowRankGradients(NamedTuple):
     """Gradients of the two factors, in their dtypes."""
@@ -50,10 +46,6 @@ class ExpertAdapters(NamedTuple):
 
     w_in: LowRank | None
     w_out: LowRank | None
-
-    def part(self, first: int, end: int) -> "ExpertAdapters":
-        """Return those of some of the experts."""
-        return ExpertAdapters(*(None if low is None else low.part(first, end) for low in self))
 
     def of_rows(self, rows: Tensor, *, multiple: int = 1) -> "ExpertAdapters":
         """Return the same in the dtype of some rows, ranks filled up with zeros to a multiple."""

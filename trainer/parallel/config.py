@@ -35,6 +35,10 @@ class ParallelConfig(Config):
     `contiguous`: consecutive ones; `round_robin`: neighbours on different ranks; `auto`: by the load of experts in the
     last step before the checkpoint that a start resumes from, heavy ones apart, in each layer; contiguous at first.
     Or a JSON file, of `turnout what-if TRACE --ep-size N --write-placement FILE`."""
+    replicas: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Copies of other ranks' experts on each of the `ep_size` ranks, in each MoE layer: an expert on several ranks has
+    its rows split evenly among them. The busiest ones with `auto`, those in a file, else the first ones of the next
+    ranks. Copies have no state: weights are sent in every forward pass, and gradients back."""
     data: Literal["replicate", "shard"] = "replicate"
     """Weights that several ranks share are replicated, or sharded by FSDP2 to save memory."""
     shard_size: Ranks | None = None

@@ -1,6 +1,6 @@
 """Apply a layout to a model: dispatchers, local experts, compilation, initial weights, sharding."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -14,6 +14,9 @@ from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
 from trainer.models.initialize import WeightShard, initialize
 from trainer.moe.dispatch.base import Dispatcher
+from trainer.moe.dispatch.expert_copies import ExpertCopies
+from trainer.moe.expert_places import ExpertPlaces
+from trainer.moe.layer import MoE
 from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.ops.block_attention import flex, suits_blocks
 from trainer.ops.expert_ffn import activate
@@ -45,15 +48,17 @@ def parallelize(
     3. Weights are sharded over the ranks that would hold replicas, if configured.
     4. This rank's weights are allocated and initialized.
     """
-    for moe in model.moe_layers():
-        moe.dispatcher = build_plugin(
-            config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, moe.experts.num_experts
-        )
-        moe.dispatcher.step_timer = mesh.world.recorder.step_timer
+    layers = model.moe_layers()
+    num_copies = 0
     if mesh.ep.size > 1:
-        layers = model.moe_layers()
-        sizes = len(layers), layers[0].experts.num_experts
-        _place_experts(model, placement or named_placement(config.placement, *sizes, mesh.ep.size), mesh.ep.index)
+        sizes = len(layers), layers[0].experts.num_experts, mesh.ep.size
+        placement = placement or named_placement(config.placement, *sizes, num_copies=config.replicas)
+        _place_experts(layers, placement, mesh)
+        num_copies = placement.num_copies
+    for moe in layers:
+        num_places = moe.experts.num_experts + num_copies * mesh.ep.size
+        moe.dispatcher = build_plugin(config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, num_places)
+        moe.dispatcher.step_timer = mesh.world.recorder.step_timer
     model.loss_chunk, model.shard_keeps = config.loss_chunk, config.shard_keeps
     for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         block.set_recompute(config.recompute_of(layer))
@@ -74,13 +79,19 @@ def parallelize(
     return model
 
 
-def _place_experts(model: GPT, placement: ExpertPlacement, rank: int) -> None:
-    """Let every MoE layer keep the experts of this rank, and number all by their places."""
-    for moe, owner in zip(model.moe_layers(), placement.owners, strict=True):
-        order = sorted(range(len(owner)), key=lambda e: (owner[e], e))  # by rank, and by number on each
-        moe.experts.keep([e for e in order if owner[e] == rank])
-        if order != list(range(len(owner))):
-            moe.position = torch.tensor(order).argsort()
+def _place_experts(layers: Sequence[MoE], placement: ExpertPlacement, mesh: Mesh) -> None:
+    """Let every MoE layer keep the experts of this rank, number all by their places, and lend those with copies."""
+    ranks, me = range(mesh.ep.size), mesh.ep.index
+    for layer, moe in enumerate(layers):
+        own, copies = placement.held(layer, me)
+        moe.experts.keep(own)
+        places = placement.places(layer)
+        if places != [[expert] for expert in range(len(places))]:
+            moe.places = ExpertPlaces(places, first_turn=me)
+        if copies:
+            lent = [[own.index(e) for e in placement.held(layer, rank)[1] if e in own] for rank in ranks]
+            borrowed = [sum(placement.owners[layer][e] == rank for e in copies) for rank in ranks]
+            moe.lend = ExpertCopies(mesh.ep, lent, borrowed).start
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

@@ -12,12 +12,12 @@ clock, so that the same loads have the same placement everywhere. Imports no tor
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 _MAX_NODES = 20_000
 """Partial ranks that the exact search looks at, in each layer."""
-_CLOSE_ENOUGH = 1e-3
+CLOSE_ENOUGH = 1e-3
 """Gap to the bound, as a share of it, below which no better placement is sought."""
 
 
@@ -31,6 +31,8 @@ class LayerPlacement:
     """Sum of loads on the busiest rank."""
     bound: int
     """No placement has a less busy rank than that; equal to `busiest` if this one is the best."""
+    copies: list[list[int]] = field(default_factory=list)
+    """(G, n) experts of other ranks that each rank has a copy of; empty: none."""
 
 
 def solve_placement(loads: Sequence[int], room: Sequence[int], *, max_nodes: int = _MAX_NODES) -> LayerPlacement:
@@ -43,7 +45,7 @@ def solve_placement(loads: Sequence[int], room: Sequence[int], *, max_nodes: int
     """
     found, bound = greedy_placement(loads, room), _lower_bound(loads, room)
     search = _Search(loads, room, max_nodes)
-    while found.busiest > bound * (1 + _CLOSE_ENOUGH):
+    while found.busiest > bound * (1 + CLOSE_ENOUGH):
         better = search.below(found.busiest)
         if better is None:
             bound = bound if search.has_given_up else found.busiest

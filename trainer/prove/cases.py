@@ -28,6 +28,8 @@ class Case:
     placement: Literal["contiguous", "round_robin"] = "contiguous"
     moves_to: Literal["contiguous", "round_robin"] | None = None
     """Placement with which the run goes on after the first step, from a checkpoint; None: it goes on as it is."""
+    replicas: int = 0
+    """Copies of other ranks' experts on each rank."""
     dispatcher: str = "all_to_all"
     chunks: int = 1
     row_budget: float | None = None
@@ -56,6 +58,7 @@ class Case:
         how += f" of {self.row_budget:g} shares" if self.row_budget is not None else ""
         how += f", {self.placement}" if self.placement != "contiguous" else ""
         how += f" then {self.moves_to}" if self.moves_to is not None else ""
+        how += f", {self.replicas} copies each" if self.replicas else ""
         sharding = ", shard" if self.data == "shard" else ""
         sharding += f" by {self.shard_size}" if self.shard_size is not None else ""
         sharding += f" keeping {self.shard_keeps}" if self.shard_keeps != "gradients" else ""
@@ -130,7 +133,7 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
             if num_experts > ep_size:
                 moved = Case(**degrees, placement="round_robin", moves_to="contiguous", micro_batch_size=share)
-                cases.append(moved)
+                cases += [moved, Case(**degrees, replicas=1, micro_batch_size=share)]
             if num_experts // ep_size > 1:
                 cases.append(Case(**degrees, chunks=2, micro_batch_size=share, recompute="block"))
             if moe is not None and moe.router.has_fixed_k and ep_size == world_size:
@@ -167,6 +170,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         **config.parallel.model_dump(),
         "ep_size": case.ep_size,
         "placement": case.placement,
+        "replicas": case.replicas,
         "micro_batch_size": case.micro_batch_size,
         "dispatcher": dispatcher,
         "data": case.data,

@@ -59,12 +59,12 @@ def place_experts(
         loads = None if newest is None else _recorded_loads(newest, mesh.world, sizes)
         if newest is None or loads is None:
             return RunPlacement(checkpoint=newest)
-        placement, said = _placed_by_load(loads, mesh.ep.size, newest.step)
+        placement, said = _placed_by_load(loads, mesh.ep.size, config.parallel.replicas, newest.step)
         return RunPlacement(placement=placement, checkpoint=newest, said=said)
     found, content = None, ""
     with raise_together(mesh.world):
-        found = named_placement(name, *sizes, mesh.ep.size)
-        content = hashlib.sha256(json.dumps(found.owners).encode()).hexdigest()[:12]
+        found = named_placement(name, *sizes, mesh.ep.size, num_copies=config.parallel.replicas)
+        content = hashlib.sha256(json.dumps([found.owners, found.copies]).encode()).hexdigest()[:12]
     if different := differences_across_ranks(mesh.world, {"parallel": {"placement": content}}):
         raise ConfigError(f"{different[0]}, by their hashes; all ranks need the same file")
     return RunPlacement(placement=found)
@@ -85,9 +85,11 @@ def _recorded_loads(checkpoint: CheckpointHandle, world: Group, sizes: tuple[int
     return world.broadcast_object(loads)
 
 
-def _placed_by_load(loads: Sequence[Sequence[int]], num_ranks: int, step: int) -> tuple[ExpertPlacement, str]:
+def _placed_by_load(
+    loads: Sequence[Sequence[int]], num_ranks: int, num_copies: int, step: int
+) -> tuple[ExpertPlacement, str]:
     """Return the best placement by loads (L, E), and a line about it."""
-    placement, layers = placement_by_loads(loads, num_ranks, solve_placement)
+    placement, layers = placement_by_loads(loads, num_ranks, solve_placement, num_copies=num_copies)
     plain = contiguous_placement(len(loads), len(loads[0]), num_ranks)
     now, before = (fmean(busiest_over_mean(loads, one)) for one in (placement, plain))
     worst = max(layer.busiest / max(1, layer.bound) for layer in layers)

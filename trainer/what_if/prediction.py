@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from trainer.moe.expert_places import ExpertPlaces
+from trainer.parallel.expert_placement import ExpertPlacement
 from trainer.what_if.dispatch_traffic import SendingDispatcher, copies_to_ranks, rows_to_ranks, sent_rows
 from trainer.what_if.predicted_decision import DecidedPass
 from trainer.what_if.traced_passes import Trace, TracedPass
@@ -33,9 +35,17 @@ class PlacedExperts:
     """Where experts are."""
 
     name: str
-    num_ranks: int
-    owner: Tensor
-    """(L, E) rank of each expert."""
+    placement: ExpertPlacement
+
+    @property
+    def num_ranks(self) -> int:
+        """G."""
+        return self.placement.num_ranks
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.placement.owners)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,10 +107,24 @@ class _Traffic:
     rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """(L, G, G) by domain and step: from each rank for the experts of each."""
     copies: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    owner: list[Tensor] = field(init=False)
+    """For each layer, (P,) rank of each place."""
+    places: list[list[ExpertPlaces]] = field(init=False)
+    """For each layer, the places by which each rank sends."""
+
+    def __post_init__(self) -> None:
+        """Number the places as training does."""
+        placement, ranks = self.place.placement, range(self.place.num_ranks)
+        self.owner, self.places = [], []
+        for layer in range(self.place.num_layers):
+            held = [sum(map(len, placement.held(layer, rank))) for rank in ranks]
+            self.owner.append(torch.arange(len(held)).repeat_interleave(torch.tensor(held)))
+            places = placement.places(layer)
+            self.places.append([ExpertPlaces(places, first_turn=rank) for rank in ranks])
 
     def cells(self, traced: TracedPass) -> tuple[Tensor, Tensor]:
         """Return (L, G) views of what the sender of a pass sends: each rank of a step takes one pass."""
-        layers, size = len(self.place.owner), self.place.num_ranks
+        layers, size = self.place.num_layers, self.place.num_ranks
         key, sender = (traced.domain, traced.number // size), traced.number % size
         for sums in (self.rows, self.copies):
             sums.setdefault(key, torch.zeros(layers, size, size, dtype=torch.int64))
@@ -140,9 +164,10 @@ def predict(
             dropped[layer] += each.dropped(layer, traced.counted)
             lost[layer] += each.dropped(layer, traced.context.valid)
             for one, (rows, copies) in zip(traffic, cells, strict=True):
-                owner, size = one.place.owner[layer], one.place.num_ranks
-                rows[layer] += rows_to_ranks(decision, owner, size)
-                copies[layer] += copies_to_ranks(decision, owner, size)
+                owner, size = one.owner[layer], one.place.num_ranks
+                placed = one.places[layer][traced.number % size].placed(decision)
+                rows[layer] += rows_to_ranks(placed, owner, size)
+                copies[layer] += copies_to_ranks(placed, owner, size)
     has_own_inputs = is_evaluated or trace.model.router in _WITHOUT_ACTIVATIONS
     return Prediction(
         capacity=capacity,
@@ -170,7 +195,7 @@ def _layout(trace: Trace, traffic: _Traffic, options: LayoutOptions, static_rows
         of_steps = [
             [
                 sent_rows(dispatcher, *parts, tokens=tokens, capacity=static_rows)
-                for parts in zip(*step, place.owner, strict=True)
+                for parts in zip(*step, traffic.owner, strict=True)
             ]
             for step in zip(rows, copies, strict=True)
         ]

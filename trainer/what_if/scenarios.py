@@ -6,17 +6,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import torch
-
 from trainer.config.nodes import shown, shown_path
 from trainer.errors import ConfigError, ResourceError
 from trainer.moe.layer_options import CapacityConfig
 from trainer.parallel.expert_placement import (
+    PLACED_BY_NUMBERS,
     busiest_over_mean,
     contiguous_placement,
+    named_placement,
     placement_by_loads,
     read_placement,
-    round_robin_placement,
     write_placement,
 )
 from trainer.parallel.placement_programme import greedy_placement, solve_placement
@@ -34,7 +33,6 @@ from trainer.what_if.prediction import (
 from trainer.what_if.traced_passes import Trace
 
 CapacityPolicy = Literal["position", "choice_major", "probability", "random"]
-_BY_NUMBERS = {"contiguous": contiguous_placement, "round_robin": round_robin_placement}
 _BY_LOADS = {"balanced": solve_placement, "greedy": greedy_placement}
 
 
@@ -47,6 +45,8 @@ class Scenarios:
     ep_sizes: Sequence[int] = ()
     placements: Sequence[str] = ("contiguous",)
     """`contiguous`, `round_robin`, `greedy`, `balanced` or a JSON file."""
+    replicas: int = 0
+    """Copies of other ranks' experts on each rank; a file has its own."""
     policy: CapacityPolicy | None = None
     """Whom a capacity prefers."""
     dispatchers: Sequence[SendingDispatcher] = ("all_to_all",)
@@ -102,12 +102,12 @@ def _places(trace: Trace, wanted: Scenarios) -> list[PlacedExperts]:
     loads = expert_loads(trace).tolist() if wanted.ep_sizes and has_loads else []
     found = []
     for size in wanted.ep_sizes:
-        _check_size(size, experts)
+        _check_size(size, experts, wanted.replicas)
         for name in wanted.placements:
             if name in _BY_LOADS:
-                placement, _ = placement_by_loads(loads, size, _BY_LOADS[name])
-            elif name in _BY_NUMBERS:
-                placement = _BY_NUMBERS[name](layers, experts, size)
+                placement, _ = placement_by_loads(loads, size, _BY_LOADS[name], num_copies=wanted.replicas)
+            elif name in PLACED_BY_NUMBERS:
+                placement = named_placement(name, layers, experts, size, num_copies=wanted.replicas)
             else:
                 placement = read_placement(Path(name), num_layers=layers, num_experts=experts, key="--placement")
                 if placement.num_ranks != size:
@@ -115,16 +115,21 @@ def _places(trace: Trace, wanted: Scenarios) -> list[PlacedExperts]:
                         f"--placement: {shown(name)} is for {placement.num_ranks} ranks (ep_size), and --ep-size is "
                         f"{size}"
                     )
-            found.append(PlacedExperts(name=name, num_ranks=size, owner=torch.tensor(placement.owners)))
+            found.append(PlacedExperts(name=name, placement=placement))
     return found
 
 
-def _check_size(size: int, num_experts: int) -> None:
+def _check_size(size: int, num_experts: int, num_copies: int) -> None:
     if size > num_experts:
         raise ConfigError(f"--ep-size: {size} is more than the {num_experts} experts; use 1 to {num_experts}")
+    if num_copies > (most := num_experts - -(-num_experts // size)):
+        raise ConfigError(
+            f"--replicas: {num_copies}, and all other ranks of {size} together may have only {most} experts; use at "
+            f"most {most}"
+        )
 
 
-def write_best_placement(folder: Path, num_ranks: int, to: Path) -> str:
+def write_best_placement(folder: Path, num_ranks: int, to: Path, *, num_copies: int = 0) -> str:
     """Write the best placement by a trace's loads to a file for `parallel.placement`; return a line about it.
 
     Raises:
@@ -133,8 +138,8 @@ def write_best_placement(folder: Path, num_ranks: int, to: Path) -> str:
         ResourceError: if the disk refuses.
     """
     loads = expert_loads(Trace(folder)).tolist()
-    _check_size(num_ranks, len(loads[0]))
-    placement, layers = placement_by_loads(loads, num_ranks, solve_placement)
+    _check_size(num_ranks, len(loads[0]), num_copies)
+    placement, layers = placement_by_loads(loads, num_ranks, solve_placement, num_copies=num_copies)
     try:
         write_placement(to, placement)
     except OSError as error:

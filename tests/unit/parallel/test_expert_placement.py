@@ -1,6 +1,7 @@
 """Tests for placements of experts: as many on each rank under each, and files that are read as they were written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from trainer.parallel.expert_placement import (
     ExpertPlacement,
     busiest_over_mean,
     contiguous_placement,
+    named_placement,
     placement_by_loads,
     read_placement,
     room_of,
@@ -50,6 +52,15 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_placement(tmp_path / "p.json", placement)
     assert read_placement(tmp_path / "p.json", num_layers=2, num_experts=4, key="parallel.placement") == placement
     assert json.loads((tmp_path / "p.json").read_text()) == {"ep_size": 2, "ranks": [[0, 1, 1, 0], [1, 1, 0, 0]]}
+    copies = ((1, 2), (3, 0)), ((0, 1), (3, 2))
+    placement = replace(placement, copies=copies)
+    write_placement(tmp_path / "p.json", placement)
+    assert read_placement(tmp_path / "p.json", num_layers=2, num_experts=4, key="parallel.placement") == placement
+
+
+def test_without_loads_a_rank_has_copies_of_the_first_experts_of_the_next_ones() -> None:
+    assert named_placement("round_robin", 1, 6, 3, num_copies=3).copies == (((1, 4, 2), (2, 5, 0), (0, 3, 1)),)
+    assert named_placement("auto", 1, 6, 3) == contiguous_placement(1, 6, 3)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +73,12 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ('{"ep_size": 2, "ranks": [[0, 1], [0, 2]]}', "below ep_size"),
         ('{"ep_size": 2, "ranks": [[0, 1], [0, true]]}', "below ep_size"),
         ('{"ep_size": 3, "ranks": [[0, 1], [0, 1]]}', "at most 2"),
+        ('{"ep_size": 2, "ranks": [[0, 1], [0, 1]], "copies": [[[1], [1]], [[1], [0]]]}', "copies needs 2 lists"),
+        ('{"ep_size": 2, "ranks": [[0, 1], [0, 1]], "copies": [[[1], [0]]]}', "copies needs 2 lists"),
+        (
+            '{"ep_size": 2, "ranks": [[0, 1], [0, 1]], "copies": [[[1], []], [[1], [0]]]}',
+            "copies needs 2 lists",
+        ),
         ('{"ep_size": 2, "ranks": [[0, 1], [1, 1]]}', r"MoE layer 2 of 2 has \[0, 2\] experts on the ranks; every"),
     ],
 )

@@ -89,7 +89,11 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_starts(
     config_of_text(tmp_path)
     write_placement(tmp_path / "p.json", ExpertPlacement(num_ranks=2, owners=((0, 0, 1, 1),) * 2))
     for placement, ep_size, problem in (
-        (f"{tmp_path}/p.json", 4, r"p\.json is for 2 ranks \(its ep_size\), and parallel\.ep_size is 4; make one"),
+        (
+            f"{tmp_path}/p.json",
+            4,
+            r"p\.json is for 2 ranks \(ep_size\) with 0 copies each, and",
+        ),
         (f"{tmp_path}/q.json", 2, r"q\.json: cannot be read as JSON"),
         ("automatic", 2, "parallel.placement: "),
     ):

@@ -219,20 +219,22 @@ def test_a_balanced_placement_is_beside_the_contiguous_one(folder: Path) -> None
 
 def _on_ranks(folder: Path, dispatcher: str, factor: float | None, *more: str) -> tuple[list[int], int]:
     """Return the rows that the experts of this rank compute in an evaluation, by layer, and the bytes it sends."""
-    overrides = [f"parallel.dispatcher={dispatcher}", "parallel.ep_size=2", "name=real"]
+    overrides = [f"parallel.dispatcher={dispatcher}", "parallel.ep_size=2", "name=real", *more]
     if factor is not None:
-        overrides += [f"model.moe.capacity.factor={factor}", *more]
+        overrides.append(f"model.moe.capacity.factor={factor}")
     run = _built(folder, *overrides, mesh=mesh_here(ep_size=2))
     layers = run.engine.model.moe_layers()
     rows = [0] * len(layers)
 
-    def count(layer: int, inputs: tuple[Any, ...]) -> None:
-        local = len(layers[layer].experts.w_in)
+    def count(layer: int, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        local = len(layers[layer].experts.w_in) + len(options.get("copies", {"w_in": ()})["w_in"])
         is_row = (inputs[1] < local) & (inputs[2] != 0)  # rows of padding have no weight
         rows[layer] += int(is_row.sum())
 
     for number, layer in enumerate(layers):
-        layer.experts.register_forward_pre_hook(lambda _, inputs, number=number: count(number, inputs))
+        layer.experts.register_forward_pre_hook(
+            lambda _, inputs, options, number=number: count(number, inputs, options), with_kwargs=True
+        )
     with MessageCounter(run.config.model.d_model) as counter:
         _evaluated(run, dropless=factor is None)
     run.engine.close()
@@ -240,10 +242,15 @@ def _on_ranks(folder: Path, dispatcher: str, factor: float | None, *more: str) -
 
 
 def _all_on_ranks(folder: Path) -> dict[str, tuple[list[int], int]]:
-    """Evaluate by every dispatcher, dropless but for the padded one, which has static sizes with a capacity only."""
+    """Evaluate by every dispatcher, dropless but for the padded one, which has static sizes with a capacity only.
+
+    And with a capacity in both layers, and with copies of experts that are elsewhere.
+    """
     found = {name: _on_ranks(folder, f"{{kind: {name}}}", None) for name in DISPATCHERS if name != PADDED}
     found[PADDED] = _on_ranks(folder / "sequence", f"{{kind: {PADDED}}}", 0.75, ONE_LAYER)
-    return {**found, "both layers": _on_ranks(folder, "{kind: all_to_all}", 0.75)}
+    found["both layers"] = _on_ranks(folder, "{kind: all_to_all}", 0.75)
+    moved = "parallel.placement=round_robin", "parallel.replicas=1"
+    return {**found, "moved": _on_ranks(folder, "{kind: all_to_all}", None, *moved)}
 
 
 def test_rows_of_ranks_and_bytes_equal_the_real_ones(folder: Path, ranks: Ranks) -> None:
@@ -251,13 +258,18 @@ def test_rows_of_ranks_and_bytes_equal_the_real_ones(folder: Path, ranks: Ranks)
     steps = 2 * 4  # of two passes, but for the last one of each domain
     for name in found[0]:
         is_dropless = name not in (PADDED, "both layers")
+        moved: dict[str, Any] = {"placements": ["round_robin"], "replicas": 1} if name == "moved" else {}
         kind = name if name in DISPATCHERS else "all_to_all"
         wanted: dict[str, Any] = {"ep_sizes": [2], "dispatchers": [kind], "capacities": [None if is_dropless else 0.75]}
+        wanted |= moved
         run = _built(folder, "name=again") if name == "both layers" else None
         (layout,) = _predicted(folder / ("sequence/t" if name == PADDED else "t"), run, **wanted).layouts
         real = torch.tensor([rows for rows, _ in (rank[name] for rank in found)]).t()
-        assert layout.rows_per_rank == real.tolist() and real[0, 0] != real[0, 1], name
-        assert layout.bytes_per_step[kind] * steps * 2 == sum(rank[name][1] for rank in found), name
+        assert layout.rows_per_rank == real.tolist() and real[-1, 0] != real[-1, 1], name
+        if name != "moved":  # where weights travel too
+            assert layout.bytes_per_step[kind] * steps * 2 == sum(rank[name][1] for rank in found), name
+    with pytest.raises(ConfigError, match="--replicas: 3, and all other ranks of 2 together may have only 2 experts"):
+        _predicted(folder / "t", ep_sizes=[2], replicas=3)
 
 
 def test_a_modelled_step_follows_its_formula(folder: Path) -> None:

@@ -1,12 +1,12 @@
 """Dispatcher interface: sends tokens to their experts and combines the outputs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.moe.routing import RoutingDecision
 from trainer.step_timer import StepTimer
@@ -30,6 +30,8 @@ class Dispatched:
 
 RunExperts = Callable[..., Tensor]
 """`Experts.forward`: (x, expert_index, weight, num_rows=, part=) -> (N, D) weighted sums."""
+LendExperts = Callable[[nn.Module], Callable[[], Mapping[str, Tensor]]]
+"""`ExpertCopies.start`: sends weights of experts to other ranks; what it returns waits for theirs."""
 
 
 class Dispatcher(ABC):
