@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +40,9 @@ CONTEXT.set_forkserver_preload(
         *("scipy.optimize", "scipy.sparse"),  # half of the time of a run that measures routing_gap
     ]
 )
+_SERVER: Any = getattr(forkserver, "_forkserver")  # noqa: B009 - it has no public name
+_OF_THE_SERVER = {"_forkserver_address", "_forkserver_authkey"}
+"""Attributes by which a process finds it."""
 
 
 class Process:
@@ -63,7 +68,10 @@ class Process:
         """
         variables = {**os.environ, **(environment or {})}
         outputs = [os.devnull if path is None else str(path.absolute()) for path in (stdout, stderr)]
-        self._process = CONTEXT.Process(target=_work, args=(list(arguments), str(cwd), outputs, variables), daemon=True)
+        forkserver.ensure_running()
+        server = {name: value for name, value in vars(_SERVER).items() if name in _OF_THE_SERVER}
+        todo = (list(arguments), str(cwd), outputs, variables, server)
+        self._process = CONTEXT.Process(target=_work, args=todo, daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -117,13 +125,16 @@ def shorten_sample() -> None:
     setattr(trainer.training.generate_text, "_SAMPLE_TOKENS", 4)  # noqa: B010 - a constant for everybody else
 
 
-def _work(arguments: list[str], cwd: str, outputs: list[str], variables: dict[str, str]) -> None:
+def _work(
+    arguments: list[str], cwd: str, outputs: list[str], variables: dict[str, str], server: dict[str, Any]
+) -> None:
     for number, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
-    multiprocessing.current_process().daemon = False  # it may start ranks, by the same server
+    multiprocessing.current_process().daemon = False  # it may start ranks, by the same server, not by one of its own
+    vars(_SERVER).update(server, ensure_running=lambda: None)
     fork_children(_run)
     _run(arguments)
 

@@ -1,6 +1,8 @@
 """Collectives of a step with sharded weights, counted; and that what is kept does not change the gradient."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import gather_ahead
 from trainer.prove.gather import gather_state
 
-_LAYERS = 4
+_LAYERS = 3
 
 
 class _Calls(TorchDispatchMode):
@@ -114,17 +116,32 @@ def _gradient(
     return {name: part.tensor.clone() for name, part in gather_state(engine.gradients(), engine.mesh).slices.items()}
 
 
+Gradient = Callable[..., dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def gradient(ranks: Ranks) -> Gradient:
+    """Compute each once, for all that it is compared with."""
+
+    @cache
+    def compute(keeps: ShardKeeps, shard_size: int | None = None, is_ahead: bool = False) -> dict[str, torch.Tensor]:
+        return ranks.run(4, _gradient, keeps, torch.float64, shard_size, is_ahead)[0]
+
+    return compute
+
+
 @pytest.mark.parametrize("shard_size", [None, 2])
 @pytest.mark.parametrize("keeps", ["nothing", "weights"])
-def test_what_is_kept_does_not_change_the_gradient(ranks: Ranks, keeps: ShardKeeps, shard_size: int | None) -> None:
-    kept = ranks.run(4, _gradient, "gradients", torch.float64, shard_size)[0]
-    other = ranks.run(4, _gradient, keeps, torch.float64, shard_size)[0]
+def test_what_is_kept_does_not_change_the_gradient(
+    gradient: Gradient, keeps: ShardKeeps, shard_size: int | None
+) -> None:
+    kept, other = gradient("gradients", shard_size), gradient(keeps, shard_size)
     assert kept.keys() == other.keys()
     for name, gradient in kept.items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("keeps", ["gradients", "weights"])
-def test_gathering_ahead_does_not_change_the_gradient(ranks: Ranks, keeps: ShardKeeps) -> None:
-    usual, ahead = (ranks.run(4, _gradient, keeps, torch.float64, None, is_ahead)[0] for is_ahead in (False, True))
+def test_gathering_ahead_does_not_change_the_gradient(gradient: Gradient, keeps: ShardKeeps) -> None:
+    usual, ahead = gradient(keeps, None), gradient(keeps, None, is_ahead=True)
     assert all([torch.equal(ahead[name], gradient) for name, gradient in usual.items()])
