@@ -116,11 +116,11 @@ def _gradient(
     return {name: part.tensor.clone() for name, part in gather_state(engine.gradients(), engine.mesh).slices.items()}
 
 
-Gradient = Callable[..., dict[str, torch.Tensor]]
+Gradients = Callable[..., dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def gradient(ranks: Ranks) -> Gradient:
+def gradients(ranks: Ranks) -> Gradients:
     """Compute each once, for all that it is compared with."""
 
     @cache
@@ -133,15 +133,15 @@ def gradient(ranks: Ranks) -> Gradient:
 @pytest.mark.parametrize("shard_size", [None, 2])
 @pytest.mark.parametrize("keeps", ["nothing", "weights"])
 def test_what_is_kept_does_not_change_the_gradient(
-    gradient: Gradient, keeps: ShardKeeps, shard_size: int | None
+    gradients: Gradients, keeps: ShardKeeps, shard_size: int | None
 ) -> None:
-    kept, other = gradient("gradients", shard_size), gradient(keeps, shard_size)
+    kept, other = gradients("gradients", shard_size), gradients(keeps, shard_size)
     assert kept.keys() == other.keys()
     for name, gradient in kept.items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("keeps", ["gradients", "weights"])
-def test_gathering_ahead_does_not_change_the_gradient(gradient: Gradient, keeps: ShardKeeps) -> None:
-    usual, ahead = gradient(keeps, None), gradient(keeps, None, is_ahead=True)
+def test_gathering_ahead_does_not_change_the_gradient(gradients: Gradients, keeps: ShardKeeps) -> None:
+    usual, ahead = gradients(keeps, None), gradients(keeps, None, is_ahead=True)
     assert all([torch.equal(ahead[name], gradient) for name, gradient in usual.items()])
