@@ -90,7 +90,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
     "small_experts": [{"overrides": [*CUDA, "model.moe.d_ff=64"], "host": NODE}],
     "few_rows_per_expert": [{"overrides": [*CUDA, "parallel.micro_batch_size=1", "model.seq_len=64"], "host": NODE}],
     "unaligned_widths": [{"overrides": [*CUDA, "model.moe.d_ff=520"], "host": NODE}],
-    "spare_ids": [{"overrides": ["model.vocab_size=8192"]}],
+    "spare_ids": [{"overrides": ["model.vocab_size=8192", "data.tokenizer={kind: bpe, vocab_size: 1024}"]}],
     "large_logits": [{"overrides": [*CUDA, "parallel.loss_chunk=null", "model.vocab_size=100000"], "host": NODE}],
     "unchecked_kernel": [{"overrides": [*CUDA, "parallel.kernel_canary=off"], "host": NODE}],
     "unfit_ranks": [

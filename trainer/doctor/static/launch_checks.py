@@ -94,7 +94,9 @@ def _too_many_threads(subject: ConfigOnHost) -> Iterator[Sign]:
     if threads * host.ranks_here > host.cores:
         yield Sign(
             f"{host.ranks_here} ranks on {host.cores} cores, and {how}: {threads * host.ranks_here} threads",
-            f"export OMP_NUM_THREADS={max(1, host.cores // host.ranks_here)}",
+            f"export OMP_NUM_THREADS={host.cores // host.ranks_here}"
+            if host.cores >= host.ranks_here
+            else f"start at most {host.cores} ranks on a machine like this one",
         )
 
 
