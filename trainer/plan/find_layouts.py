@@ -10,9 +10,6 @@ from trainer.plan.links import Links
 from trainer.plan.step_cost import StepCost
 from trainer.plan.step_time import StepTime, step_time
 
-_HOPELESS = 1.25
-"""A layout that an earlier one predicts to need this much more than there is, is not measured."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLayout:
@@ -112,19 +109,18 @@ class _Memory:
     def __init__(self, config: ExperimentConfig, cluster: Cluster, num_ids: int) -> None:
         self.config, self.cluster, self.num_ids = config, cluster, num_ids
         self._rows = -(-config.train.global_batch_size // cluster.world_size)
-        self._of_row: dict[tuple[int, str], float] = {}
-        """Bytes of a row of a micro-batch beyond the state, by ep_size and what is recomputed."""
+        self._of_row: dict[str, float] = {}
+        """Fewest bytes of a row of a micro-batch beyond the state, by what is recomputed."""
 
     def learn(self, layout: PlannedLayout, cost: StepCost) -> None:
         """Take in a measurement."""
-        key = layout.ep_size, layout.recompute
         here = max(0.0, cost.peak - max(self._state(layout), cost.resident)) / self._size(layout)
-        self._of_row[key] = min(here, self._of_row.get(key, here))
+        self._of_row[layout.recompute] = min(here, self._of_row.get(layout.recompute, here))
 
     def is_hopeless(self, layout: PlannedLayout) -> bool:
-        """Return whether a layout would need far more than there is."""
-        of_row = self._of_row.get((layout.ep_size, layout.recompute), 0.0)
-        return self._state(layout) / 2 + of_row * self._size(layout) > _HOPELESS * self.cluster.usable
+        """Return whether a layout would need more than there is, as far as others tell."""
+        of_row = self._of_row.get(layout.recompute, 0.0)
+        return self._state(layout) + of_row * self._size(layout) > self.cluster.usable
 
     def _state(self, layout: PlannedLayout) -> int:
         return least_state_bytes(self.config, layout, self.cluster.world_size, self.num_ids)

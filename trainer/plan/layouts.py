@@ -21,6 +21,8 @@ RECOMPUTES: Final = tuple(_AGAIN)
 ENGINES: Final = ("native", "deepspeed")
 _BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 4}
 """Bytes of a weight, by the dtype of products."""
+_LOW: Final = {"float64": 8, "float32": 4, "bfloat16": 2}
+"""Bytes of a gathered weight."""
 _OPERATIONS: Final = 400
 """Operations of a layer in a micro-batch, forward and backward, roughly."""
 
@@ -155,7 +157,10 @@ def _shardings(config: ExperimentConfig, cluster: Cluster, choices: Choices, ep_
 
 
 def least_state_bytes(config: ExperimentConfig, layout: PlannedLayout, world_size: int, num_ids: int) -> int:
-    """Return the bytes of weights, gradients and moments that a rank holds at an update, at least."""
+    """Return the bytes of weights, gradients and moments that a rank holds at once, at least.
+
+    With several micro-batches, sharding keeps whole gradients between them, or whole weights too (trainer/parallel/accumulate.py).
+    """
     own, expert = config.model.weights(vocab_size=num_ids)
     moe = config.model.moe
     experts = 0 if moe is None else expert * moe.num_experts // layout.ep_size
@@ -169,7 +174,12 @@ def least_state_bytes(config: ExperimentConfig, layout: PlannedLayout, world_siz
     if layout.data == "replicate":
         return 4 * size * (own + experts)
     shards = layout.shard_size or world_size
-    return 4 * size * (own // shards + experts // max(1, shards // layout.ep_size))
+    shared = own // shards + experts // max(1, shards // layout.ep_size)
+    rows = -(-config.train.global_batch_size // world_size)
+    if rows <= layout.micro_batch_size or layout.shard_keeps == "nothing":
+        return 4 * size * shared
+    whole = size + (_LOW[config.train.dtype] if layout.shard_keeps == "weights" else 0)
+    return max(4 * size * shared, 3 * size * shared + whole * (own + experts))
 
 
 def estimated_seconds(config: ExperimentConfig, layout: PlannedLayout, cluster: Cluster, num_ids: int) -> float:

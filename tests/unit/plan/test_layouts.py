@@ -47,11 +47,17 @@ def test_hops_over_nodes_are_tried_where_experts_span_them() -> None:
 
 def test_more_sharing_needs_less_and_more_rows_surely_need_more() -> None:
     whole = PlannedLayout()
+    sharded = PlannedLayout(data="shard", micro_batch_size=8)
     sizes = [
         least_state_bytes(CONFIG, layout, 8, 256)
-        for layout in (whole, PlannedLayout(ep_size=2), PlannedLayout(ep_size=8), PlannedLayout(data="shard"))
+        for layout in (whole, PlannedLayout(ep_size=2), PlannedLayout(ep_size=8), sharded)
     ]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == pytest.approx(8 * sizes[3], rel=1e-6)
+    kept = [
+        least_state_bytes(CONFIG, PlannedLayout(data="shard", shard_keeps=keeps), 8, 256)
+        for keeps in ("nothing", "gradients", "weights")
+    ]
+    assert sizes[3] == kept[0] < kept[1] < kept[2], "of several micro-batches"
     less = PlannedLayout(recompute="block", micro_batch_size=2)
     assert PlannedLayout(recompute="experts", micro_batch_size=4).contains(less)
     assert not less.contains(PlannedLayout(recompute="experts", micro_batch_size=2))
