@@ -159,7 +159,7 @@ def _shardings(config: ExperimentConfig, cluster: Cluster, choices: Choices, ep_
 def least_state_bytes(config: ExperimentConfig, layout: PlannedLayout, world_size: int, num_ids: int) -> int:
     """Return the bytes of weights, gradients and moments that a rank holds at once, at least.
 
-    With several micro-batches, sharding keeps whole gradients between them, or whole weights too (trainer/parallel/accumulate.py).
+    With several micro-batches, sharding keeps whole gradients between them, or whole weights too: see `accumulate`.
     """
     own, expert = config.model.weights(vocab_size=num_ids)
     moe = config.model.moe
