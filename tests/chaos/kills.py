@@ -38,7 +38,7 @@ class Kill:
 # At which time: where it matters in step 12 or the save of step 15. There are two ranks and two micro-batches.
 EVERY_RANK = {
     "phase.locking_the_run_folder": 1, "phase.comparing_ranks": 1, "phase.reading_text": 1,
-    "phase.building_the_model": 1, "phase.checking_the_experts_kernel": 1,
+    "phase.building_the_model": 1, "phase.checking_the_experts_kernel": 1, "phase.placing_the_experts": 1,
     "phase.finding_a_checkpoint": 1, "phase.writing_the_run_folder": 1,
     "phase.resuming_the_logs": 1, "phase.opening_the_trackers": 1,
     "phase.data": 12, "phase.counting": 12, "phase.forward": 25, "phase.backward": 24, "phase.gradient_sums": 12,
