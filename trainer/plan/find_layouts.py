@@ -5,7 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trainer.experiment import ExperimentConfig
-from trainer.plan.layouts import Choices, Cluster, PlannedLayout, estimated_seconds, layouts_of, least_state_bytes
+from trainer.plan.layouts import (
+    Choices,
+    Cluster,
+    PlannedLayout,
+    estimated_seconds,
+    layouts_of,
+    least_row_bytes,
+    least_state_bytes,
+)
 from trainer.plan.links import Links
 from trainer.plan.step_cost import StepCost
 from trainer.plan.step_time import StepTime, step_time
@@ -110,7 +118,7 @@ class _Memory:
         self.config, self.cluster, self.num_ids = config, cluster, num_ids
         self._rows = -(-config.train.global_batch_size // cluster.world_size)
         self._of_row: dict[str, float] = {}
-        """Fewest bytes of a row of a micro-batch beyond the state, by what is recomputed."""
+        """Fewest bytes of a row of a micro-batch beyond the state that were measured, by what is recomputed."""
 
     def learn(self, layout: PlannedLayout, cost: StepCost) -> None:
         """Take in a measurement."""
@@ -119,7 +127,7 @@ class _Memory:
 
     def is_hopeless(self, layout: PlannedLayout) -> bool:
         """Return whether a layout would need more than there is, as far as others tell."""
-        of_row = self._of_row.get(layout.recompute, 0.0)
+        of_row = self._of_row.get(layout.recompute) or least_row_bytes(self.config, layout.recompute)
         return self._state(layout) + of_row * self._size(layout) > self.cluster.usable
 
     def _state(self, layout: PlannedLayout) -> int:

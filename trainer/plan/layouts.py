@@ -182,6 +182,24 @@ def least_state_bytes(config: ExperimentConfig, layout: PlannedLayout, world_siz
     return max(4 * size * shared, 3 * size * shared + whole * (own + experts))
 
 
+def least_row_bytes(config: ExperimentConfig, recompute: str) -> int:
+    """Return the bytes that a row of a micro-batch keeps for its backward pass, at least.
+
+    These are inputs of blocks; unless whole blocks are computed again also the residual stream after attention, queries,
+    keys, values and outputs of attention; and H of the experts, unless these are.
+    """
+    model, moe = config.model, config.model.moe
+    size, low = _BYTES[config.train.dtype], _LOW[config.train.dtype]
+    of_layer, of_experts = model.d_model * size, 0.0
+    if recompute != "block":
+        of_layer *= 2
+        if model.attention.latent is None:
+            of_layer += 2 * (model.num_heads + (model.num_kv_heads or model.num_heads)) * model.head_dim * low
+        if moe is not None and recompute != "experts":
+            of_experts = moe.experts_per_token * moe.d_ff * (1 if model.activation == "gelu" else 2) * low
+    return int(model.seq_len * (model.num_layers * of_layer + len(model.moe_layers) * of_experts))
+
+
 def estimated_seconds(config: ExperimentConfig, layout: PlannedLayout, cluster: Cluster, num_ids: int) -> float:
     """Return a rough time of a step, to order what is tried: computation, rows to experts, gradients and weights."""
     model, gpu, reached = config.model, cluster.gpu, cluster.gpu.reached

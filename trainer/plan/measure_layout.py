@@ -1,7 +1,9 @@
 """Measure a layout by fake steps: memory of the busiest rank, and everything that it computes and sends."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 from trainer.distributed.rank_layout import Layout, check_layout
 from trainer.experiment import ExperimentConfig
@@ -24,18 +26,21 @@ class Ranks:
     """(E,) recorded shares of the experts; empty: skewed by the imbalance."""
 
 
-def measure_layout(config: ExperimentConfig, ranks: Ranks, *, whole: bool = False) -> StepCost:
+def measure_layout(
+    config: ExperimentConfig, ranks: Ranks, *, whole: bool = False, pool: Executor | None = None
+) -> StepCost:
     """Return the cost of a step of the rank that has most rows.
 
-    Of a deep model and of many micro-batches, two sizes of each are measured and the rest is extrapolated, unless it is
-    to be measured as a whole.
+    Of a deep model and of many micro-batches, two sizes of each are measured, at the same time if there is a pool, and
+    the rest is extrapolated, unless it is to be measured as a whole.
     """
     own = config.parallel
     check_layout(world_size=ranks.world_size, ep_size=own.ep_size, shard_size=own.shard_size)
     pattern = None if whole else layer_pattern(config)
     if pattern is None:
         return _measured(config, ranks, whole=whole)
-    few, many = (_measured(_of_layers(config, size), ranks, whole=whole) for size in pattern.sizes)
+    smaller = [_of_layers(config, size) for size in pattern.sizes]
+    few, many = (map if pool is None else pool.map)(partial(_measured, ranks=ranks, whole=whole), smaller)
     return with_layers(few, many, pattern, config.model.num_layers)
 
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import multiprocessing
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +80,18 @@ def found_layouts(request: PlanRequest) -> Plan:
         shares=_shares(request),
     )
 
-    def measure(config: ExperimentConfig) -> StepCost:
-        return measure_layout(config, ranks)
-
     effort = Effort(wanted=request.wanted, seconds=request.seconds)
     ids = num_ids_of(request.config)
-    return find_layouts(
-        request.config, cluster, request.choices, measure, num_ids=ids, links=request.links, effort=effort
-    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.plan.measure_layout"])
+    with ProcessPoolExecutor(2, context, initializer=_be_quiet) as pool:  # they start with the first deep model
+
+        def measure(config: ExperimentConfig) -> StepCost:
+            return measure_layout(config, ranks, pool=pool)
+
+        return find_layouts(
+            request.config, cluster, request.choices, measure, num_ids=ids, links=request.links, effort=effort
+        )
 
 
 def _shares(request: PlanRequest) -> Sequence[float]:

@@ -5,6 +5,7 @@ import pytest
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.plan.layer_pattern import layer_pattern
+from trainer.plan.layouts import RECOMPUTES, least_row_bytes
 from trainer.plan.measure_layout import Ranks, measure_layout
 
 SHAPE = [
@@ -34,3 +35,14 @@ def test_what_is_extrapolated_is_what_the_whole_model_needs(overrides: list[str]
 def test_layers_that_have_names_of_their_own_are_not_extrapolated() -> None:
     config = load("configs/quickstart.yaml", [*SHAPE, "model.moe.layers=[1, 3]"], ExperimentConfig)
     assert layer_pattern(config) is None
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_needs_at_least_what_layouts_are_excluded_by(recompute: str, dtype: str) -> None:
+    rows = 64  # so many that weights and gradients hardly matter
+    overrides = [*SHAPE, f"train.dtype={dtype}", f"parallel.recompute={recompute}", "train.global_batch_size=64"]
+    config = load("configs/quickstart.yaml", [*overrides, f"parallel.micro_batch_size={rows}"], ExperimentConfig)
+    cost = measure_layout(config, Ranks(world_size=1, per_node=1, device="cuda"), whole=True)
+    least = least_row_bytes(config, recompute)
+    assert 0 < least * rows <= cost.peak - cost.resident < 8 * least * rows
