@@ -117,18 +117,23 @@ class _Memory:
     def __init__(self, config: ExperimentConfig, cluster: Cluster, num_ids: int) -> None:
         self.config, self.cluster, self.num_ids = config, cluster, num_ids
         self._rows = -(-config.train.global_batch_size // cluster.world_size)
-        self._of_row: dict[str, float] = {}
-        """Fewest bytes of a row of a micro-batch beyond the state that were measured, by what is recomputed."""
+        self._of_row: dict[tuple[str, bool], float] = {}
+        """Fewest bytes of a row of a micro-batch beyond the state that were measured, by kind of layout."""
 
     def learn(self, layout: PlannedLayout, cost: StepCost) -> None:
         """Take in a measurement."""
         here = max(0.0, cost.peak - max(self._state(layout), cost.resident)) / self._size(layout)
-        self._of_row[layout.recompute] = min(here, self._of_row.get(layout.recompute, here))
+        kind = self._kind(layout)
+        self._of_row[kind] = min(here, self._of_row.get(kind, here))
 
     def is_hopeless(self, layout: PlannedLayout) -> bool:
         """Return whether a layout would need more than there is, as far as others tell."""
-        of_row = self._of_row.get(layout.recompute) or least_row_bytes(self.config, layout.recompute)
+        of_row = self._of_row.get(self._kind(layout)) or least_row_bytes(self.config, layout)
         return self._state(layout) + of_row * self._size(layout) > self.cluster.usable
+
+    def _kind(self, layout: PlannedLayout) -> tuple[str, bool]:
+        """Return what is computed again, and whether rows arrive from other ranks."""
+        return layout.recompute, layout.ep_size > 1
 
     def _state(self, layout: PlannedLayout) -> int:
         return least_state_bytes(self.config, layout, self.cluster.world_size, self.num_ids)

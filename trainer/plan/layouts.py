@@ -159,7 +159,7 @@ def _shardings(config: ExperimentConfig, cluster: Cluster, choices: Choices, ep_
 def least_state_bytes(config: ExperimentConfig, layout: PlannedLayout, world_size: int, num_ids: int) -> int:
     """Return the bytes of weights, gradients and moments that a rank holds at once, at least.
 
-    With several micro-batches, sharding keeps whole gradients between them, or whole weights too: see `accumulate`.
+    Sharding may keep whole weights until their last use, and whole gradients between micro-batches: see `accumulate`.
     """
     own, expert = config.model.weights(vocab_size=num_ids)
     moe = config.model.moe
@@ -176,27 +176,30 @@ def least_state_bytes(config: ExperimentConfig, layout: PlannedLayout, world_siz
     shards = layout.shard_size or world_size
     shared = own // shards + experts // max(1, shards // layout.ep_size)
     rows = -(-config.train.global_batch_size // world_size)
-    if rows <= layout.micro_batch_size or layout.shard_keeps == "nothing":
-        return 4 * size * shared
-    whole = size + (_LOW[config.train.dtype] if layout.shard_keeps == "weights" else 0)
+    whole = _LOW[config.train.dtype] if layout.shard_keeps == "weights" else 0
+    if rows > layout.micro_batch_size and layout.shard_keeps != "nothing":
+        whole += size
     return max(4 * size * shared, 3 * size * shared + whole * (own + experts))
 
 
-def least_row_bytes(config: ExperimentConfig, recompute: str) -> int:
+def least_row_bytes(config: ExperimentConfig, layout: PlannedLayout) -> int:
     """Return the bytes that a row of a micro-batch keeps for its backward pass, at least.
 
-    These are inputs of blocks; unless whole blocks are computed again also the residual stream after attention, queries,
-    keys, values and outputs of attention; and H of the experts, unless these are.
+    These are inputs of blocks, and rows that arrived for experts, which are never sent twice; unless whole blocks are
+    computed again also the residual stream after attention, queries, keys, values and outputs of attention; and H of
+    the experts, unless these are.
     """
     model, moe = config.model, config.model.moe
     size, low = _BYTES[config.train.dtype], _LOW[config.train.dtype]
     of_layer, of_experts = model.d_model * size, 0.0
-    if recompute != "block":
+    if moe is not None and layout.ep_size > 1 and config.parallel.dispatcher.kind in ("all_to_all", "hierarchical"):
+        of_experts += moe.experts_per_token * model.d_model * low
+    if layout.recompute != "block":
         of_layer *= 2
         if model.attention.latent is None:
             of_layer += 2 * (model.num_heads + (model.num_kv_heads or model.num_heads)) * model.head_dim * low
-        if moe is not None and recompute != "experts":
-            of_experts = moe.experts_per_token * moe.d_ff * (1 if model.activation == "gelu" else 2) * low
+        if moe is not None and layout.recompute != "experts":
+            of_experts += moe.experts_per_token * moe.d_ff * (1 if model.activation == "gelu" else 2) * low
     return int(model.seq_len * (model.num_layers * of_layer + len(model.moe_layers) * of_experts))
 
 

@@ -5,7 +5,7 @@ import pytest
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.plan.layer_pattern import layer_pattern
-from trainer.plan.layouts import RECOMPUTES, least_row_bytes
+from trainer.plan.layouts import RECOMPUTES, PlannedLayout, least_row_bytes
 from trainer.plan.measure_layout import Ranks, measure_layout
 
 SHAPE = [
@@ -37,12 +37,13 @@ def test_layers_that_have_names_of_their_own_are_not_extrapolated() -> None:
     assert layer_pattern(config) is None
 
 
+@pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("recompute", RECOMPUTES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_needs_at_least_what_layouts_are_excluded_by(recompute: str, dtype: str) -> None:
-    rows = 64  # so many that weights and gradients hardly matter
-    overrides = [*SHAPE, f"train.dtype={dtype}", f"parallel.recompute={recompute}", "train.global_batch_size=64"]
-    config = load("configs/quickstart.yaml", [*overrides, f"parallel.micro_batch_size={rows}"], ExperimentConfig)
-    cost = measure_layout(config, Ranks(world_size=1, per_node=1, device="cuda"), whole=True)
-    least = least_row_bytes(config, recompute)
-    assert 0 < least * rows <= cost.peak - cost.resident < 8 * least * rows
+def test_a_row_needs_at_least_what_layouts_are_excluded_by(recompute: str, ep_size: int) -> None:
+    layout = PlannedLayout(recompute=recompute, ep_size=ep_size, micro_batch_size=64)  # weights hardly matter
+    dtype = "bfloat16" if recompute == "none" else "float32"
+    overrides = [*SHAPE, f"train.dtype={dtype}", f"train.global_batch_size={64 * ep_size}"]
+    config = layout.applied(load("configs/quickstart.yaml", overrides, ExperimentConfig))
+    assert config is not None
+    cost = measure_layout(config, Ranks(world_size=ep_size, per_node=ep_size, device="cuda"), whole=True)
+    assert 0 < least_row_bytes(config, layout) * 64 <= cost.peak - cost.resident
