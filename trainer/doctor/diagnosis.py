@@ -1,4 +1,4 @@
-"""What all checks found, as lines for a screen and as JSON values. Imports no torch."""
+"""Findings of all checks, as lines for a screen and as JSON values. Imports no torch."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ class Diagnosis:
     checks: Sequence[str] = ()
     """Names of all checks that looked."""
     notes: Sequence[str] = ()
-    """What was not looked at, and why."""
+    """Parts that were not looked at, and why."""
 
     @classmethod
     def of(cls, checks: Sequence[Check[Any]], subject: Any, *, notes: Iterable[str] = ()) -> "Diagnosis":

@@ -1,4 +1,4 @@
-"""What a check finds, and checks as values: what they look at, why it matters and where that was learned. No torch."""
+"""Findings, and checks as values: their subject, why it matters and where that was learned. Imports no torch."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,9 +14,9 @@ class Sign:
     """A condition that a check has met."""
 
     found: str
-    """What there is, with keys and values."""
+    """Keys and values that were found."""
     remedy: str
-    """What to do."""
+    """Keys to set, or other steps to take."""
     severity: Severity | None = None
     """None: that of the check."""
 
@@ -46,7 +46,7 @@ class Check(Generic[_Subject]):
     find: Callable[[_Subject], Iterable[Sign]]
     """Yields its signs in a subject: a config on a host, a measured step or a run."""
     why: str
-    """What it leads to."""
+    """Consequence of the failure."""
     source: str
     """Where it happened: repository#issue, or a paper."""
 

@@ -1,4 +1,4 @@
-"""What a check needs to know of the machine and of how the ranks are started. Imports no torch."""
+"""Facts about the machine and the start of the ranks, for checks. Imports no torch."""
 
 import os
 import resource

@@ -15,16 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from trainer.plan.assumed_load import AssumedLoad
+from trainer.plan.plain_tensor_mode import PlainTensorMode
 
 aten = torch.ops.aten
 _MAX_KNOWN = 1 << 22
 """Elements of a tensor whose values are kept."""
-_DEVICE = torch.ops.prim.device.default
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 _POSITIONS = {aten.argmax.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.topk.default}
 _LIKE = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_ones}
 _LIKE |= {aten.new_full, aten.new_empty, aten.new_empty_strided}
@@ -35,7 +34,7 @@ class UnknownValue(RuntimeError):
     """A value that depends on floating-point numbers, which are not computed."""
 
 
-class AssumedValues(TorchDispatchMode):
+class AssumedValues(PlainTensorMode):
     """Computes integers beside fake tensors. To be entered inside a `FakeTensorMode`."""
 
     def __init__(self, load: AssumedLoad | None = None) -> None:
@@ -64,13 +63,8 @@ class AssumedValues(TorchDispatchMode):
         FakeTensor.tolist = self._tolist  # type: ignore[method-assign]
         super().__exit__(exc_type, exc_val, exc_tb)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on fake tensors, and on the values of its integers if they are known."""
-        if func is _DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for more often than anything is computed
-        if any(kind not in _PLAIN for kind in types):
-            return NotImplemented
-        kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return _read(args[0])
         if func.namespace == "c10d":

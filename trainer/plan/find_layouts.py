@@ -31,7 +31,7 @@ class MeasuredLayout:
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """What was found."""
+    """Layouts that were found."""
 
     fitting: list[MeasuredLayout] = field(default_factory=list)
     """Fastest first."""

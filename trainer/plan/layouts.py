@@ -82,7 +82,7 @@ class PlannedLayout:
 
     @property
     def family(self) -> tuple[int, str, bool]:
-        """What two layouts share that differ only in micro-batches and recomputation."""
+        """Values that layouts share which differ only in micro-batches and recomputation."""
         return self.ep_size, self.sharding, self.hierarchical
 
     def contains(self, other: "PlannedLayout") -> bool:
@@ -93,7 +93,7 @@ class PlannedLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What a plan varies; None: whatever is possible."""
+    """Choices that a plan varies; None: whatever is possible."""
 
     ep_sizes: Sequence[int] | None = None
     micro_batch_sizes: Sequence[int] | None = None

@@ -27,7 +27,7 @@ from trainer.what_if.traced_passes import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What a user asks for."""
+    """Request of a user for a plan."""
 
     config: ExperimentConfig
     cluster: Cluster

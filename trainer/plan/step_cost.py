@@ -1,4 +1,4 @@
-"""What a step costs, as sums that are linear in layers and micro-batches, and its extrapolation to more of both.
+"""Costs of a step, as sums that are linear in layers and micro-batches, and its extrapolation to more of both.
 
 # L layers, n micro-batches.
 """
@@ -17,7 +17,7 @@ Unit = Literal["calls", "bytes", "messages", "operations", "flops", "moved"]
 
 
 class Quantity(NamedTuple):
-    """What is counted: of a collective and its ranks, or of products or other operations in a dtype."""
+    """A quantity that is counted: of a collective and its ranks, or of products or other operations in a dtype."""
 
     unit: Unit
     of: str

@@ -7,16 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from trainer.lab.costs.message_counter import CollectiveCall, call_of
-
-_DEVICE = torch.ops.prim.device.default
-_PLAIN = (Tensor, Parameter, FakeTensor)
+from trainer.plan.plain_tensor_mode import PlainTensorMode
 
 
 @dataclass(slots=True)
@@ -37,7 +32,7 @@ class Kind:
     dtype: torch.dtype
 
 
-class StepOperations(TorchDispatchMode):
+class StepOperations(PlainTensorMode):
     """Counts the operations inside the context; views are free."""
 
     def __init__(self) -> None:
@@ -45,18 +40,14 @@ class StepOperations(TorchDispatchMode):
         self.collectives: Counter[CollectiveCall] = Counter()
         self.work: dict[Kind, Work] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation and count it."""
-        if func is _DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for more often than anything is computed
-        if any(kind not in _PLAIN for kind in types):
-            return NotImplemented
         call = call_of(func, args)
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         if call is not None:
             self.collectives[call] += 1
         elif func.namespace != "c10d" and not func.is_view and "empty" not in func.name():
-            self._count(func, args, kwargs or {}, out)
+            self._count(func, args, kwargs, out)
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:

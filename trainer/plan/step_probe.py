@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.data.batches.batch import Batch
 from trainer.distributed.flight_recorder import FlightRecorder
@@ -53,7 +53,7 @@ class ProbedStep:
     peaks: dict[Window, int]
     """Most bytes alive in each window of the step."""
     operations: StepOperations
-    """What was computed and sent."""
+    """Operations and collectives."""
     first: StepOperations
     """The same of the step before it."""
 
@@ -130,25 +130,11 @@ def _random_batches(config: ExperimentConfig, mesh: Mesh, options: ProbeOptions)
     """Return micro-batches of random tokens; the same on all ranks."""
     num_batches, B = shape_of_batches(config, mesh.layout.world_size)
     generator = torch.Generator().manual_seed(options.seed or 0)
-    return [
-        _random_batch(torch.randint(0, options.num_ids, (B, config.model.seq_len + 1), generator=generator))
+    texts = (
+        torch.randint(0, options.num_ids, (B, config.model.seq_len + 1), generator=generator)
         for _ in range(options.num_micro_batches or num_batches)
-    ]
-
-
-def _random_batch(text: Tensor) -> Batch:
-    B, S = text.shape[0], text.shape[1] - 1
-    yes, zero = torch.ones(B, S, dtype=torch.bool), torch.zeros(B, S, dtype=torch.int64)
-    return Batch(
-        tokens=text[:, :-1].contiguous(),
-        targets=text[:, 1:].contiguous(),
-        loss_mask=yes,
-        valid=yes,
-        document_id=zero,
-        position=torch.arange(S).expand(B, S).contiguous(),
-        domain=zero,
-        sample_id=zero + torch.arange(B)[:, None],
     )
+    return [Batch.of_whole_rows(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
 
 
 @contextmanager

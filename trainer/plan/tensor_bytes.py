@@ -6,16 +6,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from trainer.plan.plain_tensor_mode import PlainTensorMode
 
 Window = tuple[str, int | None]
 """Phase of a step, and the block that is computed in it; None: what belongs to no block."""
 
-_DEVICE = torch.ops.prim.device.default
-_PLAIN = (Tensor, Parameter, FakeTensor)
 _Storage = torch.UntypedStorage
 
 
@@ -23,7 +20,7 @@ class OverLimit(RuntimeError):
     """Tensors that need more bytes than they may."""
 
 
-class TensorBytes(TorchDispatchMode):
+class TensorBytes(PlainTensorMode):
     """Counts the storages that operations inside the context return, each once and whole, until it is freed.
 
     What a kernel of torch allocates and frees inside one operation is not seen. `limit` bytes alive at once raise
@@ -64,13 +61,9 @@ class TensorBytes(TorchDispatchMode):
         _Storage.resize_ = self._resize
         super().__exit__(exc_type, exc_val, exc_tb)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation and add what it returns."""
-        if func is _DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for more often than anything is computed
-        if any(kind not in _PLAIN for kind in types):
-            return NotImplemented  # a tensor of parts: count the operations on these
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self._add(leaf.untyped_storage())

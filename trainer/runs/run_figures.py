@@ -48,7 +48,7 @@ class ListedRun:
     state: RunProgress
     figures: RunFigures
     parent: str | None
-    """What it was made from, such as `base at step 300 (branch)`."""
+    """Its origin, such as `base at step 300 (branch)`."""
     log: RecordedLog
 
     def record(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _SEEN_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """What a run is doing, how far it is, and how fast."""
+    """State of a run: phase, progress and speed."""
 
     state: State
     phase: str | None = None
@@ -46,7 +46,7 @@ class RunProgress:
     troubled: Sequence[str] = ()
     """Ranks of a running run that are gone, silent or behind, in words."""
     notes: Sequence[str] = ()
-    """What is damaged in the folder, in words."""
+    """Damages of the folder, in words."""
 
     @property
     def left_s(self) -> float | None:

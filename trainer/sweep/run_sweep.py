@@ -56,7 +56,7 @@ class _RunningSweep:
         self._failures: dict[str, str] = {}
         self._has_warned = False
         self._results: dict[tuple[str, int], TrialResult] = {}
-        """What was read already, by trial and step: logs are read once, however many trials there are."""
+        """Results that were read already, by trial and step: logs are read once, however many trials there are."""
         self._last_step = {candidate.name: 0 for candidate in sweep.candidates}
         """Step that each candidate is trained to, if its training has as many."""
 

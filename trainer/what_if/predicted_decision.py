@@ -18,7 +18,7 @@ from trainer.what_if.traced_passes import Trace, TracedPass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecidedPass:
-    """What the L MoE layers decide in one forward pass, after drops."""
+    """Decisions of the L MoE layers in one forward pass, after drops."""
 
     traced: TracedPass
     decisions: Sequence[RoutingDecision]

@@ -37,6 +37,22 @@ class Batch:
     Padding has any k experts.
     """
 
+    @classmethod
+    def of_whole_rows(cls, tokens: Tensor, targets: Tensor, *, first_sample: int = 0) -> Self:
+        """Return rows (B, S) of one document each, without padding, numbered from a first; all targets count."""
+        yes, zero = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens)
+        B, S = tokens.shape
+        return cls(
+            tokens=tokens,
+            targets=targets,
+            loss_mask=yes,
+            valid=yes,
+            document_id=zero,
+            position=torch.arange(S).expand(B, S).contiguous(),
+            domain=zero,
+            sample_id=zero + torch.arange(first_sample, first_sample + B)[:, None],
+        )
+
     @property
     def target_mask(self) -> Tensor:
         """(B, S) of `loss_mask`'s dtype: positions that count in the loss, or their weights."""

@@ -1,4 +1,4 @@
-"""What was measured of the ranks and links of a cluster, as numbers: what its checks look at. Imports no torch."""
+"""Measurements of the ranks and links of a cluster, which its checks look at. Imports no torch."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSpeed:
-    """What one rank computes and copies."""
+    """Speeds of one rank: products and copies."""
 
     rank: int
     host: str
@@ -45,9 +45,9 @@ class LinkSpeed:
     ranks: tuple[int, int]
     nodes: tuple[int, int]
     exchange: Rounds
-    """Of `num_bytes` in both directions."""
+    """Seconds for `num_bytes` in both directions."""
     latency: Rounds
-    """Of a message that is next to nothing."""
+    """Seconds for a message that is next to nothing."""
 
     @property
     def is_inside(self) -> bool:
@@ -60,7 +60,7 @@ class CollectiveSpeed:
     """A collective of all ranks."""
 
     num_bytes: int
-    """Of the tensor that each rank passes, its own part included."""
+    """Bytes of the tensor that each rank passes, its own part included."""
     rounds: Rounds
     """Time of the slowest rank."""
 

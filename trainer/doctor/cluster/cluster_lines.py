@@ -1,4 +1,4 @@
-"""What was measured of a cluster, as lines of a terminal. Imports no torch."""
+"""Measurements of a cluster as lines of a terminal. Imports no torch."""
 
 import statistics
 from collections.abc import Iterator

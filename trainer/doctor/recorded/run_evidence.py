@@ -1,4 +1,4 @@
-"""What a run folder tells about a run: what the checks of a run look at. Imports torch only to read checkpoints."""
+"""Facts about a run from its folder, which the checks of a run look at. Imports torch only to read checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What was measured in one real step, as numbers: what the checks of a step look at. Imports no torch."""
+"""Measurements of one real step, which the checks of a step look at. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ class StepEvidence:
     tolerance: float = 1e-3
     """Largest relative change that rounding explains."""
     kernel_faults: Sequence[str] = ()
-    """What the canary has found."""
+    """Findings of the canary."""
 
 
 StepCheck = Check[StepEvidence]

@@ -49,17 +49,7 @@ def batches_of(config: ExperimentConfig, mesh: Mesh, turn: int) -> list[Batch]:
     first = mesh.world.index * rows
     draw = torch.Generator().manual_seed(turn)
     text = torch.randint(0, _BYTES, (config.train.global_batch_size, S + 1), generator=draw)[first : first + rows]
-    yes, zero = torch.ones(rows, S, dtype=torch.bool), torch.zeros(rows, S, dtype=torch.int64)
-    whole = Batch(
-        tokens=text[:, :-1].contiguous(),
-        targets=text[:, 1:].contiguous(),
-        loss_mask=yes,
-        valid=yes,
-        document_id=zero,
-        position=torch.arange(S).expand(rows, S).contiguous(),
-        domain=zero,
-        sample_id=zero + torch.arange(first, first + rows)[:, None],
-    )
+    whole = Batch.of_whole_rows(text[:, :-1].contiguous(), text[:, 1:].contiguous(), first_sample=first)
     size = min(config.parallel.micro_batch_size, rows)
     return [
         Batch(**{name: tensor[start : start + size] for name, tensor in whole.tensors().items()})

@@ -15,7 +15,7 @@ from trainer.distributed.collectives import Group
 
 
 class ExpertCopies:
-    """What a rank lends and borrows in one layer."""
+    """Experts that a rank lends and borrows in one layer."""
 
     def __init__(self, group: Group, lent: Sequence[Sequence[int]], borrowed: Sequence[int]) -> None:
         """Keep the plan: for each rank, the local experts that go there, and how many come from there."""
