@@ -8,7 +8,14 @@ import pytest
 from tests.run_folders import make_run
 from trainer.cli import parse_command_line
 from trainer.doctor.cluster.measure_cluster import Workload
+from trainer.doctor.host_facts import HostFacts
 from trainer.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set a machine without faults: a full disk of the real one would be found too."""
+    monkeypatch.setattr("trainer.commands.doctor.read_host", lambda *arguments, **keywords: HostFacts(cores=2))
 
 
 def doctor(*arguments: str) -> int:
