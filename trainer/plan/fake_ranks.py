@@ -1,6 +1,6 @@
 """A rank of a run of many, in one process: fake tensors, torch's fake process group, a mesh that exchanges nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainer.distributed.collectives import Group
@@ -64,16 +65,35 @@ def fake_tensors(load: AssumedLoad | None) -> Iterator[None]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # It remembers tensors by weak references, with which torch cannot move a module's parameters to another device.
     mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
-    swap = torch.utils.swap_tensors
+    swap, chunks = torch.utils.swap_tensors, _fsdp_param._chunk_with_empty
 
     def swapped(t1: Tensor, t2: Tensor) -> None:
         """Swap tensors, unless a module is only moved to where it is: DeepSpeed does, and refers to its parameters."""
         if t1.untyped_storage() is not t2.untyped_storage() or t1.dtype != t2.dtype:
             swap(t1, t2)
 
-    torch.utils.swap_tensors = swapped
+    torch.utils.swap_tensors, _fsdp_param._chunk_with_empty = swapped, RankChunks
     try:
         with mode, AssumedValues(load):
             yield
     finally:
-        torch.utils.swap_tensors = swap
+        torch.utils.swap_tensors, _fsdp_param._chunk_with_empty = swap, chunks
+
+
+class RankChunks(Sequence[Tensor]):
+    """Chunks of a weight for all ranks, of which FSDP2 takes two: at 4096 ranks it spends minutes on the others."""
+
+    def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor, self._num_chunks, self._dim = tensor, num_chunks, dim
+
+    def __len__(self) -> int:
+        return self._num_chunks
+
+    def __getitem__(self, rank: int) -> Tensor:
+        """Return the chunk of a rank as `torch.chunk` cuts it; empty beyond the last one."""
+        total = self._tensor.shape[self._dim]
+        size = -(-total // self._num_chunks)
+        start = rank * size
+        if start >= total:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(size, total - start))
