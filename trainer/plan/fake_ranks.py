@@ -1,6 +1,6 @@
 """A rank of a run of many, in one process: fake tensors, torch's fake process group, a mesh that exchanges nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -72,7 +72,8 @@ def fake_tensors(load: AssumedLoad | None) -> Iterator[None]:
         if t1.untyped_storage() is not t2.untyped_storage() or t1.dtype != t2.dtype:
             swap(t1, t2)
 
-    torch.utils.swap_tensors, _fsdp_param._chunk_with_empty = swapped, RankChunks
+    torch.utils.swap_tensors = swapped
+    _fsdp_param._chunk_with_empty = RankChunks  # type: ignore[assignment]
     try:
         with mode, AssumedValues(load):
             yield
@@ -80,7 +81,7 @@ def fake_tensors(load: AssumedLoad | None) -> Iterator[None]:
         torch.utils.swap_tensors, _fsdp_param._chunk_with_empty = swap, chunks
 
 
-class RankChunks(Sequence[Tensor]):
+class RankChunks:
     """Chunks of a weight for all ranks, of which FSDP2 takes two: at 4096 ranks it spends minutes on the others."""
 
     def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
