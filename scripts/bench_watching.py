@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="steps with and without, in turn (40)")
     options = parser.parse_args()
     config = load(options.config, options.overrides, ExperimentConfig)
-    layout = layout_from_environment(ep_size=config.parallel.ep_size)
+    layout = layout_from_environment(config.parallel.degrees)
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(config, device)
     with joined(layout, device, timeout_s=300) as mesh:

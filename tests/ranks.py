@@ -50,6 +50,7 @@ def mesh_here(
     ep_size: int = 1,
     ranks_per_node: int = 1,
     shard_size: int | None = None,
+    cp_size: int = 1,
     recorder: FlightRecorder | None = None,
 ) -> Mesh:
     """Return the mesh of the calling rank, inside a function that `Ranks` runs."""
@@ -59,5 +60,6 @@ def mesh_here(
         ep_size=ep_size,
         ranks_per_node=ranks_per_node,
         shard_size=shard_size,
+        cp_size=cp_size,
     )
     return build_mesh(layout, recorder or FlightRecorder())

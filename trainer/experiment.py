@@ -101,6 +101,7 @@ class ExperimentConfig(Config):
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
         yield from self._shard_problems()
+        yield from self._context_problems()
         yield from self._deepspeed_problems()
         recompute, layers = self.parallel.recompute, self.model.num_layers
         if isinstance(recompute, RecomputeEveryConfig) and recompute.every > layers:
@@ -230,6 +231,24 @@ class ExperimentConfig(Config):
         if self.parallel.shard_keeps != "gradients" and self.parallel.data != "shard":
             problem = f"{self.parallel.shard_keeps}, but parallel.data is replicate; use shard, or leave it out"
             yield Problem("parallel.shard_keeps", problem)
+
+    def _context_problems(self) -> Iterator[Problem]:
+        """Check that the ranks that share rows can split them, and that all else can work on a part of a row."""
+        size, S, heads = self.parallel.cp_size, self.model.seq_len, self.model.num_heads
+        if size == 1:
+            return
+        if S % (2 * size):
+            longer = -(-S // (2 * size)) * 2 * size
+            given = f"{size} ranks share rows in chunks, two of each rank, and model.seq_len {S} is no multiple of"
+            yield Problem("parallel.cp_size", f"{given} {2 * size}; use another size, or model.seq_len: {longer}")
+        if self.parallel.cp == "ulysses" and heads < size:
+            given = f"ulysses gives each of {size} ranks a head, and model.num_heads is {heads}"
+            yield Problem("parallel.cp_size", f"{given}; use at most {heads}")
+        if self.parallel.compile:
+            yield Problem("parallel.compile", f"true does not go with cp_size {size} yet; use false, or cp_size: 1")
+        if self.metrics.routing_record is not None:
+            problem = f"rows are not whole with parallel.cp_size {size}; use null, or cp_size: 1"
+            yield Problem("metrics.routing_record", problem)
 
     def _deepspeed_problems(self) -> Iterator[Problem]:
         """Check DeepSpeed's options against the sections that they repeat."""

@@ -127,11 +127,11 @@ def test_a_rank_that_is_stuck_or_fails_alone_is_named_once(workplace: Path, faul
 
 MEETING = """
 import signal, sys, os, time, torch
-from trainer.distributed.rank_layout import layout_from_environment
+from trainer.distributed.rank_layout import Degrees, layout_from_environment
 from trainer.distributed.mesh import joined
 from trainer.distributed.collective_errors import raise_together
 from trainer.errors import TurnoutError
-layout = layout_from_environment(ep_size=1)
+layout = layout_from_environment(Degrees())
 try:
     with joined(layout, torch.device("cpu"), timeout_s=3) as mesh:
         with raise_together(mesh.world):

@@ -171,8 +171,8 @@ FAULTS = [
     _fault(
         "a capacity keeps the number of rows",
         "trainer/moe/capacity.py",
-        ", num_rows=None)",
-        ")",
+        "num_groups * per_group, num_rows=None)",
+        "num_groups * per_group)",
         "tests/unit/moe/test_routing.py",
     ),
     _fault("what was kept counts as dropped", _STATS, "counted & ~limited.kept", "counted & limited.kept", STATS),

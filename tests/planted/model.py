@@ -169,7 +169,7 @@ FAULTS = [
     ),
     _in_gpt(
         "documents of a row see each other",
-        "document = batch.document_id if self.config.document_mask else",
+        "document = rows if self.config.document_mask else",
         "document =",
         PARITY,
         "tests/laws/test_documents.py",

@@ -77,8 +77,8 @@ FAULTS = [
     in_package(
         "every micro-batch has the whole variation",
         "moe/balance.py",
-        "tokens.sum() * value.detach()",
-        "routed_tokens * value.detach()",
+        "here, tokens.sum(), here if",
+        "here, torch.tensor(routed_tokens), here if",
         "tests/laws/test_extra_losses.py",
     ),
     in_package(

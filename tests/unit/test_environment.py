@@ -11,7 +11,7 @@ import pytest
 from tests.launched_ranks import ROOT
 from trainer import cli, environment
 from trainer.distributed import mpi_environment
-from trainer.distributed.rank_layout import Layout, is_first_on_node, is_first_rank, layout_from_environment
+from trainer.distributed.rank_layout import Degrees, Layout, is_first_on_node, is_first_rank, layout_from_environment
 from trainer.errors import ConfigError
 from trainer.status import REPORT
 from trainer.supervise.launch import Launch
@@ -134,16 +134,16 @@ def test_what_is_right_or_empty_is_read(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         environment.check_process_variables()
     environment.check_rank_variables()
-    assert layout_from_environment(ep_size=1) == Layout() and is_first_rank() and is_first_on_node()
+    assert layout_from_environment(Degrees()) == Layout() and is_first_rank() and is_first_on_node()
     for name, value in (RANK_OF_TWO | {"RANK": "1", "LOCAL_RANK": "1", "GLOO_SOCKET_IFNAME": "lo"}).items():
         monkeypatch.setenv(name, value)
     environment.check_rank_variables()
-    assert layout_from_environment(ep_size=2) == Layout(world_size=2, rank=1, ep_size=2, ranks_per_node=2)
+    assert layout_from_environment(Degrees(ep_size=2)) == Layout(world_size=2, rank=1, ep_size=2, ranks_per_node=2)
     assert not is_first_rank() and not is_first_on_node()
     for name in RANK_OF_TWO:
         monkeypatch.setenv(name, "")
     environment.check_rank_variables()
-    assert layout_from_environment(ep_size=1) == Layout() and is_first_rank() and is_first_on_node()
+    assert layout_from_environment(Degrees()) == Layout() and is_first_rank() and is_first_on_node()
 
 
 def test_torchruns_part_without_launch_says_so_in_a_line(

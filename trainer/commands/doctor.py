@@ -12,7 +12,7 @@ from trainer.commands.arguments import Subparsers, add_command, add_overrides, a
 from trainer.commands.resolve import existing_run, load_named_config, suggest_prepare
 from trainer.commands.shipped import as_config
 from trainer.config.check_packages import check_packages
-from trainer.distributed.rank_layout import Layout, is_first_rank, layout_from_environment
+from trainer.distributed.rank_layout import Degrees, Layout, is_first_rank, layout_from_environment
 from trainer.doctor.diagnosis import Diagnosis
 from trainer.doctor.host_facts import read_host
 from trainer.doctor.static.config_on_host import ConfigOnHost
@@ -72,7 +72,7 @@ def _step(config: ExperimentConfig, *, is_small: bool) -> Diagnosis:
     check_packages(config)
     layout = Layout()  # a process alone takes the step of one rank, whatever the config's layout is
     if world_size_and_rank()[0] > 1:
-        layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
+        layout = layout_from_environment(config.parallel.degrees)
 
     from trainer.doctor.step.diagnose_step import diagnose_step
 
@@ -87,7 +87,7 @@ def _cluster(options: argparse.Namespace) -> int:
     from trainer.doctor.cluster.cluster_lines import cluster_lines
     from trainer.doctor.cluster.diagnose_cluster import diagnose_cluster
 
-    evidence, diagnosis = diagnose_cluster(device, layout_from_environment(ep_size=1), links=options.links)
+    evidence, diagnosis = diagnose_cluster(device, layout_from_environment(Degrees()), links=options.links)
     _show(options, diagnosis, lines=[*cluster_lines(evidence), ""], more={"cluster": evidence.record()})
     return diagnosis.exit_code
 

@@ -54,7 +54,7 @@ def train_command(options: argparse.Namespace) -> int:
     end_with_launcher()
     with StopRequest() as stop:
         config, folder, branch, warnings = _named_run(options)
-        layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
+        layout = layout_from_environment(config.parallel.degrees)
         if branch is not None and layout.world_size == 1:
             branch.check(folder.path)
         parent = check_first_weights(config, folder)
@@ -87,7 +87,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     config, _, branch, _ = _named_run(options)
     if branch is not None:
         raise ConfigError("--dry-run: a branch is made of a run, and nothing may be written; leave out --branch")
-    layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
+    layout = layout_from_environment(config.parallel.degrees)
     from trainer.plan.dry_run import dry_run
 
     return dry_run(config, layout)
@@ -99,7 +99,7 @@ def launch_command(options: argparse.Namespace) -> int:
     ranks = Launch.of(vars(options), os.environ)
     check_tasks(os.environ, expected=ranks.nnodes)
     parallel = config.parallel
-    check_layout(world_size=ranks.world_size, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
+    check_layout(parallel.degrees, world_size=ranks.world_size)
     check_first_weights(config, folder)
     ranks.check_port(os.environ)
     if ranks.node_rank == 0:  # the other machines' ranks start after this one's

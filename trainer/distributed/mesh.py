@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import cast
 
@@ -44,6 +44,8 @@ class Mesh:
     """Ranks of `ep` with this local rank, one per node."""
     edp: Group
     """Ranks with the same experts."""
+    cp: Group
+    """Ranks with the same rows, each with other columns of them."""
     host: Group
     """All ranks, for small values that are on the host: gloo, so that nothing waits for a GPU; `world` on CPUs."""
     shard: Group
@@ -68,6 +70,7 @@ class Mesh:
             ep_inside=one,
             ep_between=one,
             edp=one,
+            cp=one,
             shard=one,
             shard_copies=one,
             edp_shard=one,
@@ -205,9 +208,7 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
 
     # With a flight recorder of its own: that of the run starts with the run's own collectives.
     starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, recorder=FlightRecorder(), watch=watch)
-    different = differences_across_ranks(
-        starting, {"parallel": {"ep_size": layout.ep_size, "shard_size": layout.shard_size}}
-    )
+    different = differences_across_ranks(starting, {"parallel": asdict(layout.degrees)})
     if different:  # checked first: ranks that create different groups wait for each other
         raise ConfigError(f"{different[0]}; all ranks need the same config")
     # On the CPU for every device, with a flight recorder of its own, since another thread uses it.
@@ -234,6 +235,7 @@ def mesh_of_groups(
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
         ep_between=group("ep between nodes", layout.ep_between_ranks()),
         edp=group("edp", layout.edp_ranks()),
+        cp=group("cp", layout.cp_ranks()),
         shard=group("shard", layout.shard_ranks()),
         shard_copies=group("copies of a shard", layout.shard_copy_ranks()),
         edp_shard=group("edp shard", layout.edp_shard_ranks()),

@@ -3,11 +3,14 @@
 rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1 2
                                                                 edp 1: ranks 3 4 5
                                           experts sharded over the columns, replicated down the rows
+rank = data_rank * cp_size + cp_rank      cp_size 2: ranks 0 1, ranks 2 3 and ranks 4 5 each have the same rows of data,
+                                          and each of a pair has other columns of them. Experts are spread over all
+                                          ranks whatever their rows: ep_size and cp_size need not fit each other
 shard_size: neighbouring ranks that shard weights together; with 3, each edp row above holds all dense weights once
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from trainer.environment import is_first, local_size_and_rank, world_size_and_rank
 from trainer.errors import ConfigError
@@ -20,16 +23,48 @@ def format_ranks(ranks: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Degrees:
+    """Sizes of the groups that all ranks are divided into: what a config says of a layout."""
+
+    ep_size: int = 1
+    """Ranks that shard one copy of the experts: consecutive ranks, so on one node if possible."""
+    shard_size: int | None = None
+    """Neighbouring ranks that together hold one copy of sharded weights; None: all ranks."""
+    cp_size: int = 1
+    """Ranks that share rows: consecutive ranks, each with some columns of the same rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout(Degrees):
     """Position of one rank in the grid."""
 
     world_size: int = 1
     rank: int = 0
-    ep_size: int = 1
-    """Ranks that shard one copy of the experts: consecutive ranks, so on one node if possible."""
     ranks_per_node: int = 1
-    shard_size: int | None = None
-    """Neighbouring ranks that together hold one copy of sharded weights; None: all ranks."""
+
+    @property
+    def degrees(self) -> Degrees:
+        """The sizes alone, equal on all ranks."""
+        return Degrees(ep_size=self.ep_size, shard_size=self.shard_size, cp_size=self.cp_size)
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this rank's rows: ranks with the same index share rows."""
+        return self.rank // self.cp_size
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups of ranks that have different rows."""
+        return self.world_size // self.cp_size
+
+    @property
+    def cp_rank(self) -> int:
+        """Index of this rank among those that share its rows."""
+        return self.rank % self.cp_size
+
+    def cp_ranks(self) -> list[list[int]]:
+        """Return the ranks that share rows, for all rows."""
+        return _runs(list(range(self.world_size)), self.cp_size)
 
     @property
     def ep_rank(self) -> int:
@@ -103,17 +138,12 @@ def _columns(rows: list[list[int]]) -> list[list[int]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def layout_from_environment(*, ep_size: int, shard_size: int | None = None) -> Layout:
+def layout_from_environment(degrees: Degrees) -> Layout:
     """Return this process's layout by its launcher's variables, if any; a ConfigError if a degree does not fit."""
     world_size, rank = world_size_and_rank()
-    check_layout(world_size=world_size, ep_size=ep_size, shard_size=shard_size)
-    return Layout(
-        world_size=world_size,
-        rank=rank,
-        ep_size=ep_size,
-        ranks_per_node=local_world_size() or world_size,
-        shard_size=shard_size,
-    )
+    check_layout(degrees, world_size=world_size)
+    ranks_per_node = local_world_size() or world_size
+    return Layout(world_size=world_size, rank=rank, ranks_per_node=ranks_per_node, **asdict(degrees))
 
 
 def local_world_size() -> int | None:
@@ -144,14 +174,16 @@ def even_slices(total: int, parts: int) -> list[tuple[int, int]]:
     return [even_slice(total, parts, index) for index in range(parts)]
 
 
-def check_layout(*, world_size: int, ep_size: int, shard_size: int | None = None) -> None:
+def check_layout(degrees: Degrees, *, world_size: int) -> None:
     """Raise a ConfigError unless the degrees divide the number of ranks, and fit each other; it names those that do."""
+    ep_size, shard_size = degrees.ep_size, degrees.shard_size
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    if world_size % ep_size:
-        raise ConfigError(
-            f"parallel.ep_size: {ep_size} does not divide the {world_size} ranks that were started; use one of "
-            f"{', '.join(map(str, divisors))}, or start a multiple of {ep_size} (torchrun --nproc-per-node, --nnodes)"
-        )
+    for key, size in (("ep_size", ep_size), ("cp_size", degrees.cp_size)):
+        if world_size % size:
+            raise ConfigError(
+                f"parallel.{key}: {size} does not divide the {world_size} ranks that were started; use one of "
+                f"{', '.join(map(str, divisors))}, or start a multiple of {size} (torchrun --nproc-per-node, --nnodes)"
+            )
     if shard_size is None:
         return
     if world_size % shard_size or (shard_size % ep_size and ep_size % shard_size):

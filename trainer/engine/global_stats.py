@@ -19,16 +19,22 @@ from trainer.data.batches.batch import Batch
 from trainer.distributed.collectives import Group
 from trainer.engine.reduce import all_reduce_packed
 from trainer.models.gpt import GPTOutput
-from trainer.moe.loss_stats import LossStats
+from trainer.moe.loss_stats import LossStats, RowStats
 from trainer.moe.terms import AuxLosses
 
 
 class GlobalStats:
     """Provides each micro-batch's losses with the sums, over all ranks, that they are computed from."""
 
-    def __init__(self, losses: AuxLosses | None, world: Group) -> None:
-        self._losses, self._world = losses, world
+    def __init__(self, losses: AuxLosses | None, world: Group, sharing_rows: Group) -> None:
+        """Create it for a model's losses; the ranks of `sharing_rows` have parts of the same rows."""
+        self._losses, self._world, self._sharing_rows = losses, world, sharing_rows
         terms = [] if losses is None else losses.terms()
+        of_rows = ("balance", "device_balance", "importance", "load")
+        self._needs_rows = sharing_rows.size > 1 and (
+            any(term.scope == "row" and term.name in of_rows for term in terms)
+            or (losses is not None and losses.balance.scope == "sequence")  # logged even without a coefficient
+        )
         self._needs_exact_sums = any(term.scope == "step" for term in terms)
         self._has_loss_of_counts = any(term.name in ("balance", "device_balance") for term in terms)
 
@@ -54,6 +60,13 @@ class GlobalStats:
         if self._losses is None or not output.moe:
             return None
         return LossStats.of(output.moe, self._losses.balance)
+
+    def of_rows(self, output: GPTOutput) -> RowStats | None:
+        """Return the sums of this micro-batch's whole rows; None: they are here, or no loss needs them."""
+        if self._losses is None or not output.moe or not self._needs_rows:
+            return None
+        here = RowStats.of(output.moe, self._losses.balance)
+        return here.with_tensors(all_reduce_packed(here.tensors(), self._sharing_rows))
 
     def for_losses(
         self, prepass: LossStats | None, local: LossStats | None, *, choices: Tensor, previous_counts: Tensor

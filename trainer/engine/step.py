@@ -58,7 +58,7 @@ class StepEngine(Engine):
             self.average = WeightAverage(numerics.ema, model)
         self.rate_factors = rate_factors(model, numerics.lr_scale)
         self.losses = None if self.moe_config is None else self.moe_config.aux_losses
-        self.global_stats = GlobalStats(self.losses, mesh.world)
+        self.global_stats = GlobalStats(self.losses, mesh.world, mesh.cp)
         name_of = {p: name for name, p in self.learning.items()}
         routers = [layer.router for layer in model.moe_layers()]
         self._routers = [[name_of[p] for p in router.parameters() if p in name_of] for router in routers]
@@ -156,6 +156,7 @@ class StepEngine(Engine):
                 denominators=denominators,
                 losses=self.losses,
                 vocab_z=output.vocab_z,
+                row_stats=self.global_stats.of_rows(output),
             )
             recorder.enter("backward")
             self._backward(share.total, is_last=batch is batches[-1])

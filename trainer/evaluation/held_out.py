@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from trainer.data.batches.assemble import row_slice
 from trainer.data.batches.evaluation import evaluation_batches
+from trainer.data.batches.row_parts import own_part
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.distributed.rank_layout import Layout
@@ -108,11 +109,12 @@ def evaluate_held_out(
             index,
             packing=packing,
             seq_len=engine.model.config.seq_len,
-            batch_size=batch_size * layout.world_size,
+            batch_size=batch_size * layout.data_size,
             max_tokens=max_tokens_per_domain,
         ):
             target_bytes += int(token_bytes[batch.targets[batch.target_mask].numpy()].sum())
-            local = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
+            rows = row_slice(batch, batch_size * layout.data_rank, batch_size * (layout.data_rank + 1))
+            local = own_part(rows, layout)
             returns = record is not None and dropless
             batch_sums = engine.eval_loss(local, dropless=dropless, top_k=top_k, return_experts=returns)
             if record is not None and batch_sums.experts is not None:

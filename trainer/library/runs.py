@@ -65,7 +65,7 @@ def train(config: ExperimentConfig) -> Run:
     check_config(config)
     folder = run_folder_of(config)
     with StopRequest() as stop:
-        layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
+        layout = layout_from_environment(config.parallel.degrees)
         warnings = check_run_folder(folder, config)
         status = StatusFile(folder.status, rank=layout.rank)
         first = find_first_weights(config, folder)

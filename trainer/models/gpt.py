@@ -19,9 +19,9 @@ from trainer.models.lora import add_adapters
 from trainer.models.norm import RMSNorm
 from trainer.models.rotary_embedding import rotary_embedding
 from trainer.moe.layer import MoE
-from trainer.moe.routing import RoutingContext, RoutingOptions
+from trainer.moe.routing import RoutingContext, RoutingOptions, RowParts
 from trainer.moe.stats import MoEStats, experts_of
-from trainer.ops.attention_mask import AttentionMask, MaskForm, PreparedMask
+from trainer.ops.attention_mask import AttentionMask, MaskForm, PreparedMask, RowMask
 from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 from trainer.ops.kernels import ExpertsKernel
@@ -79,14 +79,16 @@ class GPT(nn.Module):
         """What stays whole between the micro-batches of a step, if weights are sharded."""
         self.mask_form: MaskForm = "dense"
         """Form in which the blocks' kernel of attention takes a mask."""
+        self.row_parts: RowParts | None = None
+        """Shows whole rows, where a batch has a part of each; None: rows are whole."""
 
     def forward(self, batch: Batch, options: RoutingOptions = _DEFAULTS, *, want_logits: bool = False) -> GPTOutput:
         """Return the losses of a micro-batch, its logits if `want_logits`, and its MoE statistics."""
         if options.top_k is not None and self.config.moe is not None:
             self.config.moe.check_top_k(options.top_k)
-        context = routing_context(batch, options)
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        hidden, moe = self._hidden(batch.tokens, positions, context, masks=self._masks(batch))
+        context = routing_context(batch, options, self.row_parts)
+        # The same in every row; not 0 .. S - 1 in a part of longer rows.
+        hidden, moe = self._hidden(batch.tokens, batch.position[0], context, masks=self._masks(batch))
         row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
         vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe, vocab_z=vocab_z)
@@ -209,14 +211,15 @@ class GPT(nn.Module):
         is_causal = not self.config.document_mask and not (
             self.mask_form == "blocks" and self.config.attention.changes_scores
         )
+        rows = batch.document_id if batch.row_document_id is None else batch.row_document_id
         found: dict[int | None, PreparedMask | None] = {}
         for window in dict.fromkeys(self.config.windows):
-            narrow = window if window is not None and window < batch.tokens.shape[1] else None
-            if is_causal and narrow is None:
-                found[window] = None
-            else:
-                document = batch.document_id if self.config.document_mask else torch.zeros_like(batch.tokens[:1])
-                found[window] = AttentionMask(document=document, window=narrow).prepared(self.mask_form)
+            narrow = window if window is not None and window < rows.shape[1] else None
+            mask = None
+            if not is_causal or narrow is not None:
+                document = rows if self.config.document_mask else torch.zeros_like(rows[:1])
+                mask = AttentionMask(document=document, window=narrow).prepared(self.mask_form)
+            found[window] = mask if batch.row_document_id is None else RowMask(mask)
         return found
 
     def _head_weight(self) -> Tensor:
@@ -233,8 +236,8 @@ class GPT(nn.Module):
         return softcapped(wide, self.config.logit_softcap)  # (..., V)
 
 
-def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
-    """Return the routers' context for a micro-batch."""
+def routing_context(batch: Batch, options: RoutingOptions, row_parts: RowParts | None = None) -> RoutingContext:
+    """Return the routers' context for a micro-batch; `row_parts` shows the rest of rows that it has parts of."""
     num_sequences, S = batch.tokens.shape
     seed = options.noise_seed
     keys = None if seed is None else token_keys(seed, batch.sample_id, batch.position).flatten()
@@ -252,4 +255,5 @@ def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
         return_router_outputs=options.return_router_outputs,
         return_experts=options.return_experts,
         replayed=None if batch.experts is None else batch.experts.flatten(0, 1),
+        row_parts=None if batch.row_document_id is None else row_parts,
     )

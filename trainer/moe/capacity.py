@@ -50,6 +50,8 @@ def limit_to_capacity(
     """
     if capacity.factor is None or context.dropless:
         return decision
+    if context.row_parts is not None and capacity.scope == "sequence":
+        return _limit_whole_rows(decision, capacity, context, salt)
     num_groups = context.num_sequences if capacity.scope == "sequence" else 1
     num_assignments = decision.expert_index.numel()
     in_group = num_assignments // max(1, num_groups)
@@ -68,6 +70,43 @@ def limit_to_capacity(
     if capacity.renormalize_after_drop:
         weight = _renormalize(decision, kept)
     return replace(decision, kept=kept, combine_weight=weight, capacity=num_groups * per_group, num_rows=None)
+
+
+def _limit_whole_rows(
+    decision: RoutingDecision, capacity: CapacityConfig, context: RoutingContext, salt: int
+) -> RoutingDecision:
+    """Drop what exceeds the capacity of whole rows, of which a part is here: all parts decide about all of a row."""
+    assert decision.top_k is not None, "a capacity needs a router with a fixed k"
+    shape = decision.num_tokens, decision.top_k
+
+    def whole(x: Tensor) -> Tensor:
+        """Return (B * S, ...) of whole rows."""
+        return context.whole_rows(x).flatten(0, 1)
+
+    valid, keys = whole(context.valid), context.noise_key
+    num_tokens, rows = len(valid), torch.arange(context.num_sequences, device=valid.device)
+    of_rows = RoutingDecision.from_top_k(
+        whole(decision.expert_index.view(shape)),
+        whole(decision.combine_weight.detach().view(shape)),
+        num_experts=decision.num_experts,
+        valid=valid,
+    )
+    everything = replace(
+        context,
+        valid=valid,
+        position=whole(context.position),
+        sequence_index=rows.repeat_interleave(num_tokens // context.num_sequences),
+        noise_key=None if keys is None else whole(keys),
+        row_parts=None,
+    )
+    no_weights = capacity.model_copy(update={"renormalize_after_drop": False})
+    limited = limit_to_capacity(of_rows, no_weights, everything, salt=salt)
+    assert limited.capacity is not None, "there is a factor"
+    kept = limited.kept.view(context.num_sequences, -1, decision.top_k)
+    kept = decision.kept & context.own_tokens(kept).flatten()
+    weight = _renormalize(decision, kept) if capacity.renormalize_after_drop else decision.combine_weight
+    most = min(limited.capacity, decision.expert_index.numel())
+    return replace(decision, kept=kept, combine_weight=weight, capacity=most, num_rows=None)
 
 
 def _arrival_order(

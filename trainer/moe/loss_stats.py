@@ -39,6 +39,34 @@ class LossStats(TensorSums):
         return self.with_tensors([part[i] for part in self.tensors()])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStats(TensorSums):
+    """Sums over the tokens of each row of a micro-batch, without gradient; without the leading L for a single layer."""
+
+    counts: Tensor
+    """(L, B, E) as in `LossStats`."""
+    tokens: Tensor
+    """(L, B) counted tokens."""
+    importance: Tensor | None = None
+    """(L, B, E)."""
+    load: Tensor | None = None
+    """(L, B, E)."""
+
+    @classmethod
+    def of(cls, moe: Sequence[MoEStats], balance: BalanceConfig) -> "RowStats":
+        """Collect what is here of the rows."""
+        return cls(
+            counts=torch.stack([choice_counts(stats, balance) for stats in moe]),
+            tokens=torch.stack([stats.tokens for stats in moe]),
+            importance=_stacked_rows([stats.importance for stats in moe]),
+            load=_stacked_rows([stats.load for stats in moe]),
+        )
+
+    def layer(self, i: int) -> "RowStats":
+        """Return the sums of one layer."""
+        return self.with_tensors([part[i] for part in self.tensors()])
+
+
 def choice_counts(stats: MoEStats, balance: BalanceConfig) -> Tensor:
     """Return the (B, E) counts that f is computed from under the convention; (B, E + 1) with null experts."""
     if balance.convention == "gshard_first_choice":
@@ -49,5 +77,10 @@ def choice_counts(stats: MoEStats, balance: BalanceConfig) -> Tensor:
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part.detach().sum(0) for part in parts if part is not None]
+    rows = _stacked_rows(parts)
+    return None if rows is None else rows.sum(1)
+
+
+def _stacked_rows(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part.detach() for part in parts if part is not None]
     return torch.stack(present) if present else None

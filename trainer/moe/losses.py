@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.moe.balance import balance_loss, convention_scale, cv_squared_loss, device_balance_loss
-from trainer.moe.loss_stats import LossStats
+from trainer.moe.loss_stats import LossStats, RowStats
 from trainer.moe.stats import MoEStats
 from trainer.moe.terms import AuxLosses
 
@@ -56,10 +56,12 @@ def objective(
     denominators: Denominators,
     losses: AuxLosses | None,
     vocab_z: tuple[float, Tensor] | None = None,
+    row_stats: RowStats | None = None,
 ) -> Objective:
     """Return one micro-batch's share of the objective; `loss_sum` is its cross-entropy summed over target tokens.
 
-    Without `global_stats`, losses over the global batch use this micro-batch's sums. A dense model has no `losses`.
+    Without `global_stats`, losses over the global batch use this micro-batch's sums; without `row_stats`, its rows are
+    whole. A dense model has no `losses`.
     `vocab_z` is a coefficient, and the squared logsumexp of the vocabulary's logits summed over target tokens.
     """
     loss = loss_sum / denominators.target_tokens
@@ -71,17 +73,24 @@ def objective(
     if losses is None or not moe:
         return Objective(total=total, loss=loss.detach(), balance_loss=None, z_loss=None, extra=extra)
     per_layer_token = 1 / (len(moe) * denominators.routed_tokens)
-    layers = [(stats, None if global_stats is None else global_stats.layer(i)) for i, stats in enumerate(moe)]
+    layers = [
+        (
+            stats,
+            None if global_stats is None else global_stats.layer(i),
+            None if row_stats is None else row_stats.layer(i),
+        )
+        for i, stats in enumerate(moe)
+    ]
     balance, z = None, None
     if all(stats.prob_sum is not None for stats in moe):
-        parts = [balance_loss(stats, losses, global_stats=sums) for stats, sums in layers]
+        parts = [balance_loss(stats, losses, global_stats=sums, row_stats=rows) for stats, sums, rows in layers]
         balance = torch.stack(parts).sum() * per_layer_token
         total = total + losses.balance.coef * convention_scale(losses, num_moe_layers=len(moe)) * balance
     if all(stats.z_sum is not None for stats in moe):
         z = torch.stack([z_loss(stats) for stats in moe]).sum() * per_layer_token
         total = total + losses.z_loss_coef * z
-    for stats, sums in layers:
-        for name, (coef, value) in extra_losses(stats, sums, denominators, losses).items():
+    for stats, sums, rows in layers:
+        for name, (coef, value) in extra_losses(stats, sums, rows, denominators, losses).items():
             total = total + coef * value * per_layer_token
             extra[name] = extra.get(name, 0) + value.detach() * per_layer_token
     return Objective(
@@ -94,7 +103,11 @@ def objective(
 
 
 def extra_losses(
-    stats: MoEStats, global_stats: LossStats | None, denominators: Denominators, losses: AuxLosses
+    stats: MoEStats,
+    global_stats: LossStats | None,
+    row_stats: RowStats | None,
+    denominators: Denominators,
+    losses: AuxLosses,
 ) -> dict[str, tuple[float, Tensor]]:
     """Return coefficient and value of each further loss of one layer that is on, by name; values sum over tokens."""
     scope, n_g = losses.cv_squared.scope, denominators.routed_tokens
@@ -103,10 +116,12 @@ def extra_losses(
         match term.name:
             case "importance" | "load":
                 value, step_sums = getattr(stats, term.name), getattr(global_stats, term.name, None)
+                rows = None if row_stats is None else (getattr(row_stats, term.name), row_stats.tokens)
                 if value is not None:
-                    value = cv_squared_loss(value, stats.tokens, scope=scope, step_sums=step_sums, routed_tokens=n_g)
+                    sums = {"step_sums": step_sums, "routed_tokens": n_g, "rows": rows}
+                    value = cv_squared_loss(value, stats.tokens, scope=scope, **sums)
             case "device_balance":
-                value = device_balance_loss(stats, losses, global_stats=global_stats)
+                value = device_balance_loss(stats, losses, global_stats=global_stats, row_stats=row_stats)
             case "diversity":
                 value = stats.similarity_sum
             case "router":

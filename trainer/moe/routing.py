@@ -6,7 +6,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,24 @@ class RoutingOptions:
     """Return each token's experts with the statistics, from routers with a fixed k."""
 
 
+class RowParts(Protocol):
+    """Rows of which only a part is here."""
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return (B, S of the row, ...) in the order of the row from those here (B, S, ...); without gradient."""
+        ...
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Return what is here of whole rows."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingContext:
-    """Input of a router besides the activations; tensors are (T,). Options are those of `RoutingOptions`."""
+    """Input of a router besides the activations; tensors are (T,). Options are those of `RoutingOptions`.
+
+    A row may be longer than what is here of it: what decides about rows must see `whole_rows`.
+    """
 
     token_ids: Tensor
     """int64."""
@@ -68,6 +83,8 @@ class RoutingContext:
     """(T, k) int64: those of the layer that this context is for."""
     is_incremental: bool = False
     """The rows are appended to a KV cache, so the rest of each sequence does not exist yet."""
+    row_parts: RowParts | None = None
+    """Shows whole rows; None: they are here."""
 
     @property
     def is_training(self) -> bool:
@@ -78,6 +95,15 @@ class RoutingContext:
     def valid_rows(self) -> Tensor:
         """(B, S) bool."""
         return self.valid.view(self.num_sequences, -1)
+
+    def whole_rows(self, x: Tensor) -> Tensor:
+        """Return (B, S of the row, ...) from x (T, ...), without gradient if the rows are not all here."""
+        rows = x.view(self.num_sequences, -1, *x.shape[1:])
+        return rows if self.row_parts is None else self.row_parts.whole(rows)
+
+    def own_tokens(self, rows: Tensor) -> Tensor:
+        """Return (T, ...) from whole rows (B, S of the row, ...)."""
+        return (rows if self.row_parts is None else self.row_parts.own(rows)).flatten(0, 1)
 
     def of_layer(self, index: int) -> Self:
         """Return the context of a MoE layer, counted from 0 among them: with the experts that are given for it."""
@@ -215,6 +241,9 @@ class Router(nn.Module, ABC):
 
     `strict`: on no later token. `within_sequence`: on later tokens of the same row only. `no`: on any token.
     """
+    sees_whole_rows: ClassVar[bool] = False
+    """What depends on other tokens is decided from `RoutingContext.whole_rows`, so that a rank may have a part of each
+    row only (`parallel.cp_size`). A `strict` router that looks at each token by itself needs nothing."""
     initial_values: ClassVar[Mapping[str, float]] = {}
     """Initial values, by name, of parameters that are not matrices, such as a scale or a temperature; the default is 0.
     Matrices are initialized randomly, and only they have weight decay."""

@@ -16,11 +16,22 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 MaskForm = Literal["dense", "blocks"]
-PreparedMask = Tensor | BlockMask
-"""(B or 1, 1, S, S) bool, causal, or the same as blocks; None in its place: all keys that are not later."""
+
 
 _BLOCK = 128
 """Queries, and keys, of a block: what flex_attention's kernels expect."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowMask:
+    """The mask of whole rows, of which a batch has a part each."""
+
+    whole: "Tensor | BlockMask | None"
+    """None: all keys that are not later."""
+
+
+PreparedMask = Tensor | BlockMask | RowMask
+"""(B or 1, 1, S, S) bool, causal, or the same as blocks; None in its place: all keys that are not later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +43,7 @@ class AttentionMask:
     window: int | None = None
     """Maximum keys that a query sees, itself and those just before it; None: any number."""
 
-    def prepared(self, form: MaskForm) -> PreparedMask:
+    def prepared(self, form: MaskForm) -> Tensor | BlockMask:
         """Return the mask as a kernel takes it."""
         return self.dense() if form == "dense" else self.blocks()
 

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field
 from trainer.config.base import Config, expand_home
 from trainer.config.numbers import Count, Experts, Layers, Ranks, Rows
 from trainer.config.plugins import PluggableFunction
+from trainer.distributed.rank_layout import Degrees
 from trainer.models.config import Recompute, ShardKeeps
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
 
@@ -45,6 +46,13 @@ class ParallelConfig(Config):
     """With `data: shard`: shard inside groups of N neighbouring ranks, such as those of a node, and replicate between
     them; experts over the ranks of such a group that hold the same ones. Null: over all ranks. Divides the number of
     ranks; divides `ep_size` or is a multiple of it."""
+    cp_size: Ranks | Literal[1] = 1
+    """Context-parallel size: neighbouring ranks that share rows, each with 1 / N of the tokens of every row: for rows
+    too long for the memory of one. Divides the number of ranks; twice it divides model.seq_len. `ep_size` need not fit
+    it."""
+    cp: Literal["ulysses"] = "ulysses"
+    """How the ranks that share rows attend to all of them. `ulysses`: each has all tokens for some of the heads, of
+    which there must be as many as ranks."""
     shard_keeps: ShardKeeps = "gradients"
     """With `data: shard`, what stays whole between the micro-batches of a step. `nothing`: least memory; weights are
     gathered twice and gradients reduced once for every micro-batch. `gradients`: reduced once a step, and 4 bytes per
@@ -85,6 +93,11 @@ class ParallelConfig(Config):
     or `{every: n}`, that of every n-th block. Nothing is exchanged or routed twice."""
     compile: bool = False
     """Compile the operations between matrix products with torch.compile; on the CPU this needs a C++ compiler."""
+
+    @property
+    def degrees(self) -> Degrees:
+        """Sizes of the groups that ranks are divided into."""
+        return Degrees(ep_size=self.ep_size, shard_size=self.shard_size, cp_size=self.cp_size)
 
     def recompute_of(self, layer: int) -> Recompute:
         """Return what is recomputed of block `layer`."""

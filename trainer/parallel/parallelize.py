@@ -9,6 +9,7 @@ from torch import nn
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.sharded_tensor import is_sharded
+from trainer.errors import ConfigError
 from trainer.models.block import Block
 from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
@@ -24,6 +25,8 @@ from trainer.parallel.config import ParallelConfig
 from trainer.parallel.expert_placement import ExpertPlacement, named_placement
 from trainer.parallel.memory_budget import inductor_within_budget
 from trainer.parallel.shards import local, shard_index
+from trainer.parallel.shared_rows import SharedRows
+from trainer.parallel.ulysses import UlyssesAttention
 
 
 def parallelize(
@@ -45,8 +48,9 @@ def parallelize(
        config's.
     2. The head is applied to some tokens at a time, some activations are recomputed, and the operations between matrix
        products are compiled, as far as configured and possible.
-    3. Weights are sharded over the ranks that would hold replicas, if configured.
-    4. This rank's weights are allocated and initialized.
+    3. Attention, capacities and routers that look ahead get to see rows that several ranks share.
+    4. Weights are sharded over the ranks that would hold replicas, if configured.
+    5. This rank's weights are allocated and initialized.
     """
     layers = model.moe_layers()
     num_copies = 0
@@ -63,6 +67,8 @@ def parallelize(
     for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         block.set_recompute(config.recompute_of(layer))
     choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)
+    if mesh.cp.size > 1:
+        share_rows(model, mesh)
     if config.compile and can_compile:
         compile_glue(model)
     if config.data == "shard":
@@ -117,6 +123,21 @@ def choose_attention(model: GPT, device: torch.device, dtype: torch.dtype, *, is
         attention, model.mask_form = flex, "blocks"
     for block in cast(Iterable[Block], model.blocks):
         block.attention.core_attention = attention
+
+
+def share_rows(model: GPT, mesh: Mesh) -> None:
+    """Let a model with a part of each row see all of it, where its kernels of attention are chosen."""
+    for moe in model.moe_layers():
+        router = type(moe.router)
+        if moe.router.causal != "strict" and not router.sees_whole_rows:
+            raise ConfigError(
+                f"parallel.cp_size: {router.__module__}:{router.__qualname__} is not strictly causal and does not "
+                "declare sees_whole_rows, so it would decide by a part of each row; use cp_size: 1, or let it decide "
+                "from RoutingContext.whole_rows and declare that"
+            )
+    model.row_parts = SharedRows(mesh.cp)
+    for block in cast(Iterable[Block], model.blocks):
+        block.attention.core_attention = UlyssesAttention(mesh.cp, block.attention.core_attention)
 
 
 def compile_glue(model: GPT) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from trainer.distributed.rank_layout import Layout, check_layout
@@ -35,7 +35,7 @@ def measure_layout(
     the rest is extrapolated, unless it is to be measured as a whole.
     """
     own = config.parallel
-    check_layout(world_size=ranks.world_size, ep_size=own.ep_size, shard_size=own.shard_size)
+    check_layout(own.degrees, world_size=ranks.world_size)
     pattern = None if whole else layer_pattern(config)
     if pattern is None:
         return _measured(config, ranks, whole=whole)
@@ -50,9 +50,8 @@ def _measured(config: ExperimentConfig, ranks: Ranks, *, whole: bool) -> StepCos
     layout = Layout(
         world_size=ranks.world_size,
         rank=0 if load is None else load.busiest_rank(own.ep_size),
-        ep_size=own.ep_size,
         ranks_per_node=ranks.per_node,
-        shard_size=own.shard_size,
+        **asdict(own.degrees),
     )
     # Steps of one are different: they need no counting pass, and no gradients are accumulated.
     taken = num_batches if whole else min(3, num_batches)

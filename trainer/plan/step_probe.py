@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trainer.data.batches.batch import Batch
+from trainer.data.batches.row_parts import own_part
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
@@ -121,7 +122,7 @@ def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, optio
 
 def shape_of_batches(config: ExperimentConfig, world_size: int) -> tuple[int, int]:
     """Return the number of micro-batches of a rank and the rows of each, as the stream splits a step."""
-    rows = -(-config.train.global_batch_size // world_size)
+    rows = -(-config.train.global_batch_size // (world_size // config.parallel.cp_size))
     num_batches = -(-rows // config.parallel.micro_batch_size)
     return num_batches, -(-rows // num_batches)
 
@@ -134,7 +135,8 @@ def _random_batches(config: ExperimentConfig, mesh: Mesh, options: ProbeOptions)
         torch.randint(0, options.num_ids, (B, config.model.seq_len + 1), generator=generator)
         for _ in range(options.num_micro_batches or num_batches)
     )
-    return [Batch.of_whole_rows(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
+    rows = (Batch.of_whole_rows(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts)
+    return [own_part(batch, mesh.layout) for batch in rows]
 
 
 @contextmanager

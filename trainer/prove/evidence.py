@@ -18,6 +18,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.data.batches.batch import Batch
+from trainer.data.batches.row_parts import own_part
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
 from trainer.distributed.mesh import Mesh
@@ -141,13 +142,14 @@ def _load(engine: StepEngine, folder: CheckpointFolder, mesh: Mesh) -> None:
 
 def _micro_batches(config: ExperimentConfig, stream: TrainStream, mesh: Mesh, step: int) -> list[Batch]:
     """Return this rank's micro-batches of a step."""
-    return stream.micro_batches(
+    batches = stream.micro_batches(
         step * config.train.global_batch_size,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.parallel.micro_batch_size,
-        rank=mesh.layout.rank,
-        world_size=mesh.layout.world_size,
+        rank=mesh.layout.data_rank,
+        world_size=mesh.layout.data_size,
     )
+    return [own_part(batch, mesh.layout) for batch in batches]
 
 
 def _with_choices(

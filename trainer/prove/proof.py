@@ -13,13 +13,14 @@ from trainer.distributed.rank_layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import all_cases, in_dtype, labels, reference, shrink, without_repeated_options
+from trainer.prove.cases import all_cases, in_dtype, labels, reference, without_repeated_options
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.progress import LayoutProgress
 from trainer.prove.report import Table, TableRow, write_json
 from trainer.prove.rounding import FLOORS, TOLERANCES
 from trainer.prove.run_case import run_case
+from trainer.prove.small_config import shrink
 from trainer.training.memory import check_memory
 
 _COMPARED_STEPS = 5

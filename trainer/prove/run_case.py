@@ -53,6 +53,7 @@ def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable
         ep_size=case.ep_size,
         ranks_per_node=case.ranks_per_node,
         shard_size=case.shard_size,
+        cp_size=case.cp_size,
     )
     mesh = build_mesh(layout, FlightRecorder())
     evidence = collect(config, mesh, steps=steps, replays=case.replays, moves_to=case.moves_to)

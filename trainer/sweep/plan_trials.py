@@ -162,7 +162,7 @@ class _Plan:
                 why = "trials would end at different steps, which cannot be compared; use null"
                 raise ConfigError(f"train.{key}: {why}")
         parallel = trial.parallel
-        check_layout(world_size=self._config.ranks, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
+        check_layout(parallel.degrees, world_size=self._config.ranks)
         return Trial(candidate=candidate, seed=trial.seed, fold=fold, config=trial)
 
     def _own(self, base: ExperimentConfig, folder: Path, name: str) -> list[_Override]:

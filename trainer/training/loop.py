@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from trainer.data.batches.batch import Batch
+from trainer.data.batches.row_parts import own_part
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.rank_layout import is_first_on_node
 from trainer.distributed.signals import StopRequest
@@ -153,14 +154,13 @@ def _micro_batches(run: RunState, first_row: int) -> list[Batch]:
         first_row,
         global_batch_size=run.config.train.global_batch_size,
         micro_batch_size=run.config.parallel.micro_batch_size,
-        rank=run.mesh.layout.rank,
-        world_size=run.mesh.layout.world_size,
+        rank=run.mesh.layout.data_rank,
+        world_size=run.mesh.layout.data_size,
     )
-    if run.replayed is None:
-        return batches
-    with raise_together(run.mesh.world):
-        return [run.replayed.with_experts(batch) for batch in batches]
-    raise AssertionError("unreachable: an error is raised on all ranks")
+    if run.replayed is not None:
+        with raise_together(run.mesh.world):
+            batches = [run.replayed.with_experts(batch) for batch in batches]
+    return [own_part(batch, run.mesh.layout) for batch in batches]
 
 
 def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport | None:

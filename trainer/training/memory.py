@@ -44,7 +44,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
         ResourceError: with the largest part and the keys that lower it.
     """
     model, train, size = config.model, config.train, 8 if config.train.dtype == "float64" else 4
-    rows_per_rank = -(-train.global_batch_size // layout.world_size)
+    rows_per_rank = -(-train.global_batch_size // layout.data_size)
     vocab_size = getattr(config.data.tokenizer, "vocab_size", _MIN_VOCAB_SIZE)
     weights = model.weights(vocab_size=vocab_size)
     local_experts = 0 if model.moe is None else model.moe.num_experts // layout.ep_size

@@ -186,6 +186,12 @@ def numerics(config: ExperimentConfig) -> NumericsConfig:
 def single_process(config: ExperimentConfig) -> ExperimentConfig:
     """Return the config for one process that only evaluates: no parallelism, the native engine."""
     parallel = config.parallel.model_copy(
-        update={"ep_size": 1, "data": "replicate", "shard_size": None, "dispatcher": LocalDispatcherConfig()}
+        update={
+            "ep_size": 1,
+            "cp_size": 1,
+            "data": "replicate",
+            "shard_size": None,
+            "dispatcher": LocalDispatcherConfig(),
+        }
     )
     return config.model_copy(update={"parallel": parallel, "engine": NativeEngineConfig()})

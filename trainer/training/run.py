@@ -134,11 +134,12 @@ class RunState:
 
     def layout_record(self) -> dict[str, int | str]:
         """Return the layout as JSON values."""
-        placement = self.config.parallel.placement
+        placement, cp_size = self.config.parallel.placement, self.mesh.layout.cp_size
         return {
             "world_size": self.mesh.layout.world_size,
             "ep_size": self.mesh.layout.ep_size,
             "data": self.config.parallel.data,
             "engine": self.config.engine.kind,
+            **({} if cp_size == 1 else {"cp_size": cp_size}),
             **({} if placement == "contiguous" else {"placement": placement}),
         }

@@ -47,7 +47,8 @@ def header(run: RunState) -> list[Line]:
         copied = f"decay {ema.decay:g}: a copy of {size.learning_parameters / 1e6:.3g}M weights"
         lines.append(("average", f"of the weights (train.ema), {copied}"))
     if layout.world_size > 1:
-        lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}"))
+        rows = f", rows over {layout.cp_size}" if layout.cp_size > 1 else ""
+        lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}{rows}"))
     if isinstance(config.engine, DeepSpeedEngineConfig):
         lines.append(("engine", f"DeepSpeed, ZeRO {config.engine.zero_stage}"))
     if chain := ancestors(run.folder, run.parent):

@@ -25,7 +25,8 @@ TYPICAL: dict[str, str] = {
     **{"model.lora.rank": "8", "model.lora.alpha": "16.0", "model.lora.use_rslora": "true"},
     **dict.fromkeys(("model.num_layers", "model.num_heads", "model.moe.num_experts", "train.global_batch_size"), "16"),
     **dict.fromkeys(("model.num_kv_heads", "model.moe.router.top_k", "model.moe.every"), "2"),
-    **dict.fromkeys(("model.moe.num_shared_experts", "model.moe.first_dense_layers", "parallel.ep_size"), "1"),
+    **dict.fromkeys(("model.moe.num_shared_experts", "model.moe.first_dense_layers"), "1"),
+    **dict.fromkeys(("parallel.ep_size", "parallel.cp_size"), "1"),
     **dict.fromkeys(("model.moe.router.normalize", "model.tie_embeddings", "model.qk_norm"), "true"),
     **dict.fromkeys(("parallel.compile", "metrics.tensorboard"), "true"),
     **dict.fromkeys(("model.moe.router.scale", "train.grad_clip"), "1.0"),
@@ -187,8 +188,8 @@ def test_hugging_face_names_are_spelled_as_in_transformers() -> None:
         ),
         (
             "parallel: {tensor-model-parallel-size: 2}\n",
-            ["2:12: parallel.tensor-model-parallel-size: unknown key; there is no tensor, sequence, context or "
-             "pipeline parallelism; leave it out"],
+            ["2:12: parallel.tensor-model-parallel-size: unknown key; there is no tensor, sequence or pipeline "
+             "parallelism; leave it out"],
         ),
         ("checkpoint: {interval: 5}\n", ["2:14: checkpoint.interval: unknown key; write checkpoint.every"]),
         ("training: {local_batch_size: 4, steps: 9}\noptimizer: {lr: 1, name: AdamW, eps: 1}\n",

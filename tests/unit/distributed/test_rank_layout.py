@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.distributed.rank_layout import Layout, check_layout, even_slices, format_ranks, layout_from_environment
+from trainer.distributed.rank_layout import (
+    Degrees,
+    Layout,
+    check_layout,
+    even_slices,
+    format_ranks,
+    layout_from_environment,
+)
 from trainer.errors import ConfigError
 
 
@@ -38,9 +45,9 @@ def test_a_degree_that_does_not_divide_names_both_numbers_and_what_would(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("RANK", "4")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert layout_from_environment(ep_size=3) == Layout(world_size=6, rank=4, ep_size=3, ranks_per_node=6)
+    assert layout_from_environment(Degrees(ep_size=3)) == Layout(world_size=6, rank=4, ep_size=3, ranks_per_node=6)
     with pytest.raises(ConfigError) as error:
-        layout_from_environment(ep_size=4)
+        layout_from_environment(Degrees(ep_size=4))
     assert str(error.value) == (
         "parallel.ep_size: 4 does not divide the 6 ranks that were started; use one of 1, 2, 3, 6, or start a multiple "
         "of 4 (torchrun --nproc-per-node, --nnodes)"
@@ -50,7 +57,7 @@ def test_a_degree_that_does_not_divide_names_both_numbers_and_what_would(monkeyp
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    assert layout_from_environment(ep_size=1) == Layout()
+    assert layout_from_environment(Degrees()) == Layout()
 
 
 def test_ranks_in_words() -> None:
@@ -95,8 +102,18 @@ def test_a_shard_size_that_does_not_fit_is_refused(
     world_size: int, ep_size: int, shard_size: int, fitting: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_layout(world_size=world_size, ep_size=ep_size, shard_size=shard_size)
+        check_layout(Degrees(ep_size=ep_size, shard_size=shard_size), world_size=world_size)
     assert str(refused.value) == (
         f"parallel.shard_size: {shard_size} must divide the {world_size} ranks that were started, and divide or be a "
         f"multiple of ep_size {ep_size}; use {fitting}"
     )
+
+
+def test_ranks_that_share_rows_are_neighbours_whatever_experts_they_have() -> None:
+    layouts = [Layout(world_size=8, rank=rank, ep_size=4, cp_size=2) for rank in range(8)]
+    assert layouts[0].cp_ranks() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [(layout.data_rank, layout.cp_rank) for layout in layouts[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert {layout.data_size for layout in layouts} == {4} and layouts[5].ep_ranks() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    check_layout(Degrees(ep_size=2, cp_size=4), world_size=8)
+    with pytest.raises(ConfigError, match="cp_size: 3 does not divide the 8 ranks that were started"):
+        check_layout(Degrees(cp_size=3), world_size=8)

@@ -28,7 +28,7 @@ from trainer.moe.experts import Experts
 from trainer.moe.routers import top_k
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.top_k import TopKRouter
-from trainer.prove.cases import shrink
+from trainer.prove.small_config import shrink
 
 ROOT = Path(__file__).parents[3]
 CHECKS = (*STEP_CHECKS, *TEXT_CHECKS)

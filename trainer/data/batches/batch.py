@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)  # no slots: the counts are cached
 class Batch:
-    """B rows of S tokens; every field is (B, S), but the experts."""
+    """B rows of S tokens; every field is (B, S), but the last two."""
 
     tokens: Tensor
     """int64 token ids."""
@@ -36,6 +36,8 @@ class Batch:
 
     Padding has any k experts.
     """
+    row_document_id: Tensor | None = None
+    """(B, S of the whole rows) their `document_id`, if the batch has a part of each row only; None: rows are whole."""
 
     @classmethod
     def of_whole_rows(cls, tokens: Tensor, targets: Tensor, *, first_sample: int = 0) -> Self:

@@ -76,14 +76,15 @@ def _unfit_ranks(subject: ConfigOnHost) -> Iterator[Sign]:
     if ranks == 1:
         return  # started alone, or not known yet
     try:
-        check_layout(world_size=ranks, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
+        check_layout(parallel.degrees, world_size=ranks)
     except ConfigError as error:
         problem, _, remedy = str(error).partition("; ")
         yield Sign(problem, remedy)
 
 
 def _idle_ranks(subject: ConfigOnHost) -> Iterator[Sign]:
-    rows, ranks = subject.config.train.global_batch_size, subject.host.world_size
+    rows, sharing = subject.config.train.global_batch_size, subject.config.parallel.cp_size
+    ranks = max(1, subject.host.world_size // sharing)  # those that share rows count as one
     most = -(-rows // ranks)
     idle = 1 - rows / (ranks * most)
     if rows < ranks:

@@ -9,7 +9,7 @@ from trainer.doctor.step.step_checks import STEP_CHECKS
 from trainer.doctor.step.text_checks import TEXT_CHECKS
 from trainer.errors import ConfigError, DataError, ResourceError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import shrink
+from trainer.prove.small_config import shrink
 
 
 def diagnose_step(config: ExperimentConfig, layout: Layout, *, is_small: bool) -> Diagnosis:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainer.data.batches.assemble import row_slice
 from trainer.data.batches.batch import Batch
+from trainer.data.batches.row_parts import own_part
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.collective_errors import raise_together
@@ -54,14 +55,15 @@ def measure_step(
     with raise_together(mesh.world):
         corpus = build_corpus(config.data, seq_len=config.model.seq_len)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
-    rows = min(config.train.global_batch_size, mesh.world.size * config.parallel.micro_batch_size)
-    batches = stream.micro_batches(
+    rows = min(config.train.global_batch_size, mesh.layout.data_size * config.parallel.micro_batch_size)
+    whole_rows = stream.micro_batches(
         0,
         global_batch_size=rows,
         micro_batch_size=config.parallel.micro_batch_size,
-        rank=mesh.layout.rank,
-        world_size=mesh.world.size,
+        rank=mesh.layout.data_rank,
+        world_size=mesh.layout.data_size,
     )
+    batches = [own_part(batch, mesh.layout) for batch in whole_rows]
     model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=warn)
     evidence = StepEvidence(
         text=_text(config, corpus, stream, batches),

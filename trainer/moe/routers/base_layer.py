@@ -32,12 +32,12 @@ class BASELayerRouter(NonCausalRouter):
         expert = stable_top_k(logits.detach(), 1)  # (T, 1)
         if self.routes_jointly(context):
             compared = logits.detach().where(context.valid[:, None], -torch.inf)
-            rows = round_logits(compared.view(*context.valid_rows.shape, -1), dim=1)  # (B, S, E)
-            rows, is_valid = rows_on_host(rows, context.valid_rows)
+            rows = round_logits(context.whole_rows(compared), dim=1)  # (B, S, E)
+            rows, is_valid = rows_on_host(rows, context.whole_rows(context.valid))
             assigned = torch.zeros_like(is_valid, dtype=torch.int64)
             for row, valid in enumerate(is_valid):
                 assigned[row, valid] = balanced_assignment(rows[row, valid])
-            expert = assigned.view(-1, 1).to(x.device, non_blocking=True)
+            expert = context.own_tokens(assigned.to(x.device, non_blocking=True))[:, None]
         expert, live = context.chosen(expert), expert
         scores = logits.sigmoid()  # logits can be negative, which scores must not be
         decision = RoutingDecision.from_top_k(

@@ -43,6 +43,6 @@ class MixtureOfDepthsRouter(NonCausalRouter):
     def _select(self, logits: Tensor, context: RoutingContext) -> Tensor:
         """Return (T, 1) bool: the highest logits (T, 1) of each sequence."""
         compared = logits.squeeze(-1).where(context.valid, -torch.inf)
-        rows = round_logits(compared.view(context.valid_rows.shape), dim=1)  # (B, S)
-        num_computed = sequence_capacities(context.valid_rows, 1, top_k=1, factor=self.capacity)
-        return best_of_rows(rows, context.valid_rows, num_computed).view(-1, 1)
+        rows, valid = round_logits(context.whole_rows(compared), dim=1), context.whole_rows(context.valid)  # (B, S)
+        num_computed = sequence_capacities(valid, 1, top_k=1, factor=self.capacity)
+        return context.own_tokens(best_of_rows(rows, valid, num_computed))[:, None]

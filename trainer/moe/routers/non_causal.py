@@ -19,6 +19,7 @@ class NonCausalRouter(Router):
     """Router whose choice for a token depends on later tokens in training, and optionally in evaluation."""
 
     causal: ClassVar[Causality] = "within_sequence"
+    sees_whole_rows: ClassVar[bool] = True
 
     def __init__(self, *, evaluates_as_trained: bool) -> None:
         super().__init__()
@@ -58,8 +59,9 @@ class AssignmentRouter(NonCausalRouter):
         probs = logits.softmax(-1)
         scores, top_k = probs.detach(), context.top_k or self.top_k
         if self.routes_jointly(context):
-            rows = scores.where(context.valid[:, None], 0).view(*context.valid_rows.shape, -1)  # (B, S, E)
-            chosen = self.assign_rows(round_mantissa(rows, dim=1), context.valid_rows, top_k=top_k).view(scores.shape)
+            rows = context.whole_rows(scores.where(context.valid[:, None], 0))  # (B, S, E)
+            valid = context.whole_rows(context.valid)
+            chosen = context.own_tokens(self.assign_rows(round_mantissa(rows, dim=1), valid, top_k=top_k))
         else:
             chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, stable_top_k(scores, top_k), True)
         decision = RoutingDecision.from_mask(chosen, probs, valid=context.valid)

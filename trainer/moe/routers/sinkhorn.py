@@ -33,10 +33,10 @@ class SinkhornRouter(NonCausalRouter):
         logits = gate_logits(self.gate, x)  # (T, E)
         selected_by = logits.detach()
         if self.routes_jointly(context):
-            rows = logits.view(*context.valid_rows.shape, -1)  # (B, S, E)
-            plan = transport_plan(rows, context.valid_rows, iterations=self.iterations)
+            rows = context.whole_rows(logits.detach())  # (B, S, E)
+            plan = transport_plan(rows, context.whole_rows(context.valid), iterations=self.iterations)
             # The plan of a row of equal tokens is uniform up to rounding error.
-            selected_by = round_logits(plan, dim=-1).view(logits.shape)
+            selected_by = context.own_tokens(round_logits(plan, dim=-1))
         scores, _ = score_logits(logits, self.score)
         live = stable_top_k(selected_by, context.top_k or self.top_k)
         expert_index = context.chosen(live)

@@ -1,0 +1,146 @@
+"""Law: ranks that share rows learn what one process learns: losses, every gradient, norms, weights, routers' biases."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import latent_attention
+from trainer.experiment import ExperimentConfig
+from trainer.prove.cases import Case, reference
+from trainer.prove.compare import compare
+from trainer.prove.evidence import Evidence
+from trainer.prove.pool import LocalRanks
+from trainer.prove.rounding import FLOORS
+from trainer.prove.run_case import run_case
+
+STEPS, TOLERANCE, TIMEOUT_S, ROWS, SEQ_LEN = 3, 1e-9, 120.0, 3, 16
+
+_NOISY = {"kind": "bias_balanced", "jitter": 0.2, "bias_update_rate": 0.05}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense, one key head": {"moe": None, "num_kv_heads": 1},
+    "three heads of two ranks, windows, sinks, caps": {
+        "moe": None,
+        "d_model": 12,
+        "num_heads": 3,
+        "attention": {"window": 5, "window_pattern": ["sliding", "full"], "sinks": True, "softcap": 1.5},
+    },
+    "latents, documents": {"moe": {}, "document_mask": True, **latent_attention()},
+    "noise, losses of rows, capacity": {
+        "moe": {
+            "router": _NOISY,
+            "balance": {"coef": 0.1, "scope": "sequence"},
+            "cv_squared": {"importance_coef": 0.3, "scope": "sequence"},
+            "capacity": {"factor": 1.0, "min": 1, "renormalize_after_drop": True},
+        },
+        "document_mask": True,
+    },
+    "losses of the batch, capacity by choice": {
+        "moe": {
+            "router": {"kind": "noisy_top_k"},
+            "cv_squared": {"importance_coef": 0.3, "load_coef": 0.3},
+            "capacity": {"factor": 1.0, "min": 1, "policy": "choice_major"},
+        }
+    },
+    "capacity at random, balance only logged": {
+        "moe": {
+            "capacity": {"factor": 1.0, "min": 1, "policy": "random"},
+            "balance": {"coef": 0, "scope": "sequence"},
+            "device_balance": {"coef": 0.1, "groups": 2},
+        }
+    },
+    "experts choose tokens": {"moe": {"router": {"kind": "expert_choice"}, "balance": {"coef": 0.0}}},
+    "a transport plan": {"moe": {"router": {"kind": "sinkhorn"}}},
+    "a balanced assignment": {"moe": {"router": {"kind": "base"}}},
+    "some tokens pass": {"moe": {"num_experts": 1, "router": {"kind": "mixture_of_depths", "capacity": 0.5}}},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "2 ranks": {"world_size": 2, "cp_size": 2},
+    "experts over both": {"world_size": 2, "cp_size": 2, "ep_size": 2},
+    "4 ranks, dense": {"world_size": 4, "cp_size": 4, "recompute": "block"},
+    "4 ranks, experts over all": {"world_size": 4, "cp_size": 2, "ep_size": 4},
+    "4 ranks share rows": {"world_size": 4, "cp_size": 4, "ep_size": 2, "micro_batch_size": 2, "recompute": "block"},
+    "sharded": {"world_size": 4, "cp_size": 2, "ep_size": 2, "data": "shard", "micro_batch_size": 1},
+    "ZeRO": {"world_size": 2, "cp_size": 2, "ep_size": 2, "zero_stage": 2, "micro_batch_size": 2},
+}
+FOR: dict[str, list[str]] = {
+    "dense, one key head": ["2 ranks", "4 ranks, dense"],
+    "three heads of two ranks, windows, sinks, caps": ["2 ranks"],
+    "latents, documents": ["4 ranks share rows"],
+    "noise, losses of rows, capacity": [
+        "experts over both",
+        "4 ranks, experts over all",
+        "4 ranks share rows",
+        "sharded",
+    ],
+    "some tokens pass": ["2 ranks"],
+}
+CASES = [(model, layout) for model in MODELS for layout in FOR.get(model, ["4 ranks share rows"])]
+
+
+@pytest.fixture(scope="module")
+def local_ranks() -> Iterator[LocalRanks]:
+    with closing(LocalRanks()) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    sentence = "It was a bright cold day in April. "
+    rows = [{"text": f"{n}: {sentence * (n % 3)}", "gain": (0, 0.3, 1, 2.25)[n % 4]} for n in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config_of(model: str, folder: Path) -> ExperimentConfig:
+    own = MODELS[model]
+    moe = None if own["moe"] is None else {"num_experts": 6, "d_ff": 12, "balance": {"coef": 0.1}, **own["moe"]}
+    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 4, "d_ff": 24, "seq_len": SEQ_LEN, "init_std": 0.3}
+    source = {"kind": "jsonl", "path": str(folder / "text.jsonl"), "weight_key": "gain"}
+    return ExperimentConfig.model_validate(
+        {
+            "name": "rows",
+            "model": {**sizes, **own, "moe": moe},
+            "data": {"sources": [source], "cache_dir": str(folder / "cache"), "packing": "bfd"},
+            "schedule": {"kind": "warmup_cosine", "warmup_steps": 1},
+            "train": {"steps": 10, "global_batch_size": ROWS, "dtype": "float64", "grad_clip": 0.1},
+        }
+    )
+
+
+@cache
+def alone(model: str, folder: Path) -> Evidence:
+    """Train in one process, once for all layouts of a model."""
+    config = config_of(model, folder)
+    return collect_of(config, reference(config), None)
+
+
+def collect_of(config: ExperimentConfig, case: Case, ranks: LocalRanks | None) -> Evidence:
+    return run_case(config, case, ranks, steps=STEPS, timeout_s=TIMEOUT_S)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_ranks_that_share_rows_learn_the_same(model: str, layout: str, folder: Path, local_ranks: LocalRanks) -> None:
+    fields: dict[str, Any] = {"micro_batch_size": ROWS, **LAYOUTS[layout]}
+    case = Case(**fields)
+    together = collect_of(config_of(model, folder), case, local_ranks)
+    found = compare(together, alone(model, folder), tolerance=TOLERANCE, floor=FLOORS["float64"])
+    assert found.is_equal, f"{found.first_different}: {found.cause}"
+    assert found.flips == 0
+
+
+def test_deepspeed_shares_rows_too(folder: Path, local_ranks: LocalRanks) -> None:
+    """In float32, which is what DeepSpeed sums in."""
+    config = config_of("noise, losses of rows, capacity", folder)
+    config = ExperimentConfig.model_validate(
+        config.model_dump() | {"train": config.train.model_dump() | {"dtype": "float32"}}
+    )
+    case = Case(**LAYOUTS["ZeRO"])
+    whole = collect_of(config, reference(config), None)
+    found = compare(collect_of(config, case, local_ranks), whole, tolerance=1e-3, floor=FLOORS["float32"])
+    assert found.is_equal, f"{found.first_different}: {found.cause}"

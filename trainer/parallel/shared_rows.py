@@ -1,0 +1,25 @@
+"""Rows of which each rank of a group has a part, seen whole: what decides about a row needs all of its tokens."""
+
+import torch
+from torch import Tensor
+
+from trainer.distributed.collectives import Group
+from trainer.ops.zigzag import in_row_order, part_of
+
+
+class SharedRows:
+    """Exchange of what is known of each token, between the ranks that share rows."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    @torch.no_grad()
+    def whole(self, x: Tensor) -> Tensor:
+        """Return (B, S of the row, ...) in the order of the row, from this rank's (B, S, ...). Collective."""
+        is_bool = x.dtype is torch.bool
+        parts = self._group.all_gather(x.to(torch.uint8) if is_bool else x.contiguous())
+        return in_row_order(parts.bool().unbind() if is_bool else parts.unbind())
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Return this rank's (B, S, ...) of whole rows."""
+        return part_of(whole, self._group.index, self._group.size)
