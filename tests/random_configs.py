@@ -99,6 +99,7 @@ def draw(number: int, folder: Path) -> Trial:
             config = _with_watch(random.Random(f"watch {number}"), config)
             case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
             case = _placed(random.Random(f"placement {number}"), case)
+            case = _copied(random.Random(f"copies {number}"), config, case)
             apply_case(config, case)
         except (ConfigError, ValidationError):  # as where the router of an adapted model has no weights
             continue
@@ -122,6 +123,13 @@ def _placed(drawn: random.Random, case: Case) -> Case:
     kinds: tuple[Literal["contiguous", "round_robin"], ...] = ("contiguous", "round_robin")
     first, then = drawn.choice(kinds), drawn.choice(kinds)
     return replace(case, placement=first, moves_to=then if then != first else None)
+
+
+def _copied(drawn: random.Random, config: ExperimentConfig, case: Case) -> Case:
+    """Draw how many copies of experts of other ranks each rank has."""
+    moe = config.model.moe
+    most = 0 if moe is None else moe.num_experts - -(-moe.num_experts // case.ep_size)
+    return replace(case, replicas=drawn.choice([0, 1, most, drawn.randint(0, most)])) if most else case
 
 
 def _packing(drawn: random.Random, text: str) -> str:

@@ -15,7 +15,7 @@ from trainer.atomic_io import replace_file
 from trainer.config.nodes import shown_path
 from trainer.distributed.rank_layout import even_slices
 from trainer.errors import ConfigError
-from trainer.parallel.copy_experts import Place, place_with_copies
+from trainer.parallel.copy_experts import Place, copies_of_neighbours, place_with_copies
 from trainer.parallel.placement_programme import LayerPlacement
 
 PLACED_BY_NUMBERS = ("contiguous", "round_robin", "auto")
@@ -79,12 +79,8 @@ def round_robin_placement(num_layers: int, num_experts: int, num_ranks: int) -> 
 
 def with_neighbours(placement: ExpertPlacement, num_copies: int) -> ExpertPlacement:
     """Return the placement with copies on each rank of the first experts of the ranks after it: without any loads."""
-    size, found = placement.num_ranks, []
-    for layer in range(len(placement.owners)):
-        own = [placement.held(layer, rank)[0] for rank in range(size)]
-        after = [[e for step in range(1, size) for e in own[(rank + step) % size]] for rank in range(size)]
-        found.append(tuple(tuple(experts[:num_copies]) for experts in after))
-    return replace(placement, copies=tuple(found)) if num_copies else placement
+    found = [copies_of_neighbours(owner, placement.num_ranks, num_copies) for owner in placement.owners]
+    return replace(placement, copies=tuple(tuple(map(tuple, held)) for held in found)) if num_copies else placement
 
 
 def named_placement(

@@ -37,8 +37,8 @@ Phase = Literal[
 def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device) -> None:
     """Refuse a training run that cannot fit into this machine's memory, before allocating anything.
 
-    Counts only what must be in memory at once: weights, gradients and moments, one micro-batch's activations and, on a
-    CPU, the rows of a step.
+    Counts only what must be in memory at once: weights, gradients and moments, one micro-batch's activations, weights
+    that copies of experts are sent and, on a CPU, the rows of a step.
 
     Raises:
         ResourceError: with the largest part and the keys that lower it.
@@ -64,9 +64,10 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     chunk = config.parallel.loss_chunk
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
     activations = size // 2 * values  # may be bfloat16
+    replicas = size // 2 * weights.expert * (config.parallel.replicas if layout.ep_size > 1 else 0)
     batch = _BATCH_BYTES * rows_per_rank * model.seq_len if device.type == "cpu" else 0
     local_ranks = layout.ranks_per_node if device.type == "cpu" else 1
-    needed, available = local_ranks * (state + activations + batch), total_memory(device)
+    needed, available = local_ranks * (state + activations + replicas + batch), total_memory(device)
     if needed <= available:
         return
     parts = {
@@ -75,6 +76,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
             "model.d_model, model.num_layers or the experts, or share these among more ranks (parallel.ep_size)",
         ),
         "activations of one micro-batch": (activations, "parallel.micro_batch_size or model.seq_len"),
+        "weights of copies of experts": (replicas, "parallel.replicas"),
         "rows of one step": (batch, "train.global_batch_size or model.seq_len"),
     }
     part, (part_size, advice) = max(parts.items(), key=lambda item: item[1][0])

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from trainer.moe.expert_places import ExpertPlaces
 from trainer.parallel.expert_placement import ExpertPlacement
+from trainer.routing_record.trace_facts import TraceFacts
 from trainer.what_if.dispatch_traffic import SendingDispatcher, copies_to_ranks, rows_to_ranks, sent_rows
 from trainer.what_if.predicted_decision import DecidedPass
 from trainer.what_if.traced_passes import Trace, TracedPass
 
 _WITHOUT_ACTIVATIONS: Final = ("hash", "random", "round_robin")
 """Routers that decide alike whatever the layers before them did."""
+_MASTER_BYTES: Final = 4
+"""Of a weight that is sent to copies, at least; bfloat16 where FSDP2 has gathered it, which a trace does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +194,7 @@ def _layout(trace: Trace, traffic: _Traffic, options: LayoutOptions, static_rows
     rows, copies = torch.stack(list(traffic.rows.values())), torch.stack(list(traffic.copies.values()))  # (N, L, G, G)
     at_rank, tokens = rows.sum(2), facts.rows_per_pass * facts.row_length  # (N, L, G)
     busiest = at_rank.amax(-1) / at_rank.double().mean(-1).clamp(min=1 / place.num_ranks)  # (N, L)
-    sent: dict[str, Tensor] = {}  # (N, L, G) by dispatcher
+    sent: dict[str, Tensor] = {}  # (N, L, G) rows by dispatcher, then bytes
     for dispatcher in options.dispatchers:
         of_steps = [
             [
@@ -200,7 +204,8 @@ def _layout(trace: Trace, traffic: _Traffic, options: LayoutOptions, static_rows
             for step in zip(rows, copies, strict=True)
         ]
         sent[dispatcher] = torch.stack([torch.stack(layers) for layers in of_steps])
-    row_bytes = facts.d_model * facts.value_bytes
+    lent = _lent_bytes(place.placement, facts)  # (L, G)
+    sent = {name: rows * facts.d_model * facts.value_bytes + lent for name, rows in sent.items()}
     hardware = options.hardware
     times = {} if hardware is None else {name: _step_ms(trace, at_rank, s, hardware) for name, s in sent.items()}
     return LayoutPrediction(
@@ -209,10 +214,19 @@ def _layout(trace: Trace, traffic: _Traffic, options: LayoutOptions, static_rows
         rows_per_rank=at_rank.sum(0).tolist(),
         busiest_over_mean=float(busiest.mean()),
         worst_busiest_over_mean=float(busiest.max()),
-        bytes_per_step={name: float(s.sum(1).double().mean()) * row_bytes for name, s in sent.items()},
-        bytes_of_busiest={name: float(s.amax(-1).sum(1).double().mean()) * row_bytes for name, s in sent.items()},
+        bytes_per_step={name: float(s.sum(1).double().mean()) for name, s in sent.items()},
+        bytes_of_busiest={name: float(s.amax(-1).sum(1).double().mean()) for name, s in sent.items()},
         step_ms=times,
     )
+
+
+def _lent_bytes(placement: ExpertPlacement, facts: TraceFacts) -> Tensor:
+    """Return (L, G) bytes of the experts' matrices, as masters, that each rank sends to those with copies, forward."""
+    lent = torch.zeros(len(placement.owners), placement.num_ranks, dtype=torch.int64)
+    for of_layer, owner, copies in zip(lent, placement.owners, placement.copies, strict=bool(placement.copies)):
+        for expert in chain.from_iterable(copies):
+            of_layer[owner[expert]] += 1
+    return lent * (facts.expert_flops // 2) * max(_MASTER_BYTES, facts.value_bytes)
 
 
 def _step_ms(trace: Trace, at_rank: Tensor, sent: Tensor, hardware: Hardware) -> float:
@@ -224,5 +238,5 @@ def _step_ms(trace: Trace, at_rank: Tensor, sent: Tensor, hardware: Hardware) ->
     facts = trace.facts
     tokens = facts.rows_per_pass * facts.row_length
     flops = 3 * (at_rank.amax(-1).sum(1).double() * facts.expert_flops + tokens * facts.other_flops)  # (N,)
-    sent_bytes = 2 * sent.amax(-1).sum(1).double() * facts.d_model * facts.value_bytes
+    sent_bytes = 2 * sent.amax(-1).sum(1).double()
     return float((flops / hardware.flops + sent_bytes / hardware.bandwidth).mean()) * 1e3

@@ -45,6 +45,11 @@ CASES = {
         Layout(world_size=6, ep_size=3, ranks_per_node=2),
         2 * (16 * (DENSE + 2 * EXPERT) + 2 * 2 * ROWS + 50 * 2 * 32),
     ),
+    "with copies of two experts, in two bytes a weight": (
+        _config(parallel={"micro_batch_size": 4, "ep_size": 3, "replicas": 2}),
+        Layout(world_size=6, ep_size=3, ranks_per_node=2),
+        2 * (16 * (DENSE + 2 * EXPERT) + 2 * 2 * EXPERT + 2 * 2 * ROWS + 50 * 2 * 32),
+    ),
     "sharded over eight ranks": (
         _config(parallel={"micro_batch_size": 4, "data": "shard", "ep_size": 2}),
         Layout(world_size=8, ep_size=2),
