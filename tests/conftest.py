@@ -1,5 +1,6 @@
 """Fixtures and settings of all tests. One thread: test tensors are tiny, and tests share the cores."""
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -17,6 +18,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs that the tests start inherit it
 
 _SLOW_FOLDERS = {"end_to_end", "chaos"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Let what is imported and collected be no garbage: looking through it takes a second, again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
