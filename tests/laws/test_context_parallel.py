@@ -65,17 +65,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4 ranks, experts over all": {"world_size": 4, "cp_size": 2, "ep_size": 4},
     "4 ranks share rows": {"world_size": 4, "cp_size": 4, "ep_size": 2, "micro_batch_size": 2, "recompute": "block"},
     "sharded": {"world_size": 4, "cp_size": 2, "ep_size": 2, "data": "shard", "micro_batch_size": 1},
+    "ring of 2": {"world_size": 2, "cp_size": 2, "cp": "ring", "micro_batch_size": 2},
+    "ring of 4": {"world_size": 4, "cp_size": 4, "cp": "ring", "recompute": "block"},
+    "ring of 4 with experts": {"world_size": 4, "cp_size": 4, "cp": "ring", "ep_size": 2, "data": "shard"},
+    "two rings, experts over all": {"world_size": 4, "cp_size": 2, "cp": "ring", "ep_size": 4},
     "ZeRO": {"world_size": 2, "cp_size": 2, "ep_size": 2, "zero_stage": 2, "micro_batch_size": 2},
 }
 FOR: dict[str, list[str]] = {
-    "dense, one key head": ["2 ranks", "4 ranks, dense"],
-    "three heads of two ranks, windows, sinks, caps": ["2 ranks"],
-    "latents, documents": ["4 ranks share rows"],
+    "dense, one key head": ["2 ranks", "4 ranks, dense", "ring of 4"],
+    "three heads of two ranks, windows, sinks, caps": ["2 ranks", "ring of 2"],
+    "latents, documents": ["4 ranks share rows", "ring of 4 with experts"],
     "noise, losses of rows, capacity": [
         "experts over both",
         "4 ranks, experts over all",
         "4 ranks share rows",
         "sharded",
+        "two rings, experts over all",
     ],
     "some tokens pass": ["2 ranks"],
 }

@@ -160,6 +160,15 @@ class Group:
         assert work is not None, "this rank is in the group"
         return PendingOp(self, operation, work, x, out)
 
+    def start_shift(self, x: Tensor) -> "PendingOp":
+        """Start to send x (n,) to the next member, and to receive that of the one before; outside autograd.
+
+        The first member is next to the last; x must be of the same length on all.
+        """
+        near = (self.index + 1) % self.size, (self.index - 1) % self.size
+        send, receive = ([x.numel() if member == to else 0 for member in range(self.size)] for to in near)
+        return self.issue_all_to_all(x, send, receive)
+
     def _read(self, data: Tensor, source: int) -> Any:
         try:
             return from_json(data.cpu().numpy().tobytes())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-MaskForm = Literal["dense", "blocks"]
+MaskForm = Literal["dense", "blocks", "rule"]
 
 
 _BLOCK = 128
@@ -26,12 +26,8 @@ _BLOCK = 128
 class RowMask:
     """The mask of whole rows, of which a batch has a part each."""
 
-    whole: "Tensor | BlockMask | None"
+    whole: "Tensor | BlockMask | AttentionMask | None"
     """None: all keys that are not later."""
-
-
-PreparedMask = Tensor | BlockMask | RowMask
-"""(B or 1, 1, S, S) bool, causal, or the same as blocks; None in its place: all keys that are not later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +39,15 @@ class AttentionMask:
     window: int | None = None
     """Maximum keys that a query sees, itself and those just before it; None: any number."""
 
-    def prepared(self, form: MaskForm) -> Tensor | BlockMask:
-        """Return the mask as a kernel takes it."""
-        return self.dense() if form == "dense" else self.blocks()
+    def prepared(self, form: MaskForm) -> "Tensor | BlockMask | AttentionMask":
+        """Return the mask as a kernel takes it; `rule`: as it is."""
+        match form:
+            case "dense":
+                return self.dense()
+            case "blocks":
+                return self.blocks()
+            case "rule":
+                return self
 
     def dense(self) -> Tensor:
         """Return (B or 1, 1, S, S) bool.
@@ -79,6 +81,10 @@ class AttentionMask:
         return BlockMask.from_kv_blocks(
             *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(S, S)
         )
+
+
+PreparedMask = Tensor | BlockMask | AttentionMask | RowMask
+"""(B or 1, 1, S, S) bool, causal, or the same as blocks or a rule; None in its place: all keys that are not later."""
 
 
 def _visible(document: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

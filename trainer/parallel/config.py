@@ -50,9 +50,10 @@ class ParallelConfig(Config):
     """Context-parallel size: neighbouring ranks that share rows, each with 1 / N of the tokens of every row: for rows
     too long for the memory of one. Divides the number of ranks; twice it divides model.seq_len. `ep_size` need not fit
     it."""
-    cp: Literal["ulysses"] = "ulysses"
+    cp: Literal["ulysses", "ring"] = "ulysses"
     """How the ranks that share rows attend to all of them. `ulysses`: each has all tokens for some of the heads, of
-    which there must be as many as ranks."""
+    which there must be as many as ranks. `ring`: each has its tokens for all heads, and keys travel round; any number
+    of heads, and no rank ever has a whole row; on GPUs it has no fused kernel yet."""
     shard_keeps: ShardKeeps = "gradients"
     """With `data: shard`, what stays whole between the micro-batches of a step. `nothing`: least memory; weights are
     gathered twice and gradients reduced once for every micro-batch. `gradients`: reduced once a step, and 4 bytes per

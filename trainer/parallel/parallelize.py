@@ -1,7 +1,7 @@
 """Apply a layout to a model: dispatchers, local experts, compilation, initial weights, sharding."""
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from trainer.ops.expert_ffn import activate
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.expert_placement import ExpertPlacement, named_placement
 from trainer.parallel.memory_budget import inductor_within_budget
+from trainer.parallel.ring_attention import RingAttention
 from trainer.parallel.shards import local, shard_index
 from trainer.parallel.shared_rows import SharedRows
 from trainer.parallel.ulysses import UlyssesAttention
@@ -68,7 +69,7 @@ def parallelize(
         block.set_recompute(config.recompute_of(layer))
     choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)
     if mesh.cp.size > 1:
-        share_rows(model, mesh)
+        share_rows(model, mesh, kind=config.cp)
     if config.compile and can_compile:
         compile_glue(model)
     if config.data == "shard":
@@ -125,7 +126,7 @@ def choose_attention(model: GPT, device: torch.device, dtype: torch.dtype, *, is
         block.attention.core_attention = attention
 
 
-def share_rows(model: GPT, mesh: Mesh) -> None:
+def share_rows(model: GPT, mesh: Mesh, *, kind: Literal["ulysses", "ring"]) -> None:
     """Let a model with a part of each row see all of it, where its kernels of attention are chosen."""
     for moe in model.moe_layers():
         router = type(moe.router)
@@ -135,9 +136,13 @@ def share_rows(model: GPT, mesh: Mesh) -> None:
                 "declare sees_whole_rows, so it would decide by a part of each row; use cp_size: 1, or let it decide "
                 "from RoutingContext.whole_rows and declare that"
             )
-    model.row_parts = SharedRows(mesh.cp)
+    model.row_parts, form = SharedRows(mesh.cp), model.mask_form
+    if kind == "ring":
+        model.mask_form = "rule"
     for block in cast(Iterable[Block], model.blocks):
-        block.attention.core_attention = UlyssesAttention(mesh.cp, block.attention.core_attention)
+        own = block.attention.core_attention
+        ring, heads = RingAttention(mesh.cp, own, form), UlyssesAttention(mesh.cp, own)
+        block.attention.core_attention = ring if kind == "ring" else heads
 
 
 def compile_glue(model: GPT) -> None:

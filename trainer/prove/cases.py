@@ -24,7 +24,7 @@ class Case:
     world_size: int = 1
     ep_size: int = 1
     cp_size: int = 1
-    cp: Literal["ulysses"] = "ulysses"
+    cp: Literal["ulysses", "ring"] = "ulysses"
     placement: Literal["contiguous", "round_robin"] = "contiguous"
     moves_to: Literal["contiguous", "round_robin"] | None = None
     """Placement with which the run goes on after the first step, from a checkpoint; None: it goes on as it is."""
