@@ -25,6 +25,27 @@ FAULTS = [
         "plan/test_step_time.py",
     ),
     in_package(
+        "products of oneDNN are not counted",
+        "plan/step_operations.py",
+        "return 2 * x.numel() * weight.shape[0]",
+        "return 0",
+        "plan/test_step_operations.py",
+    ),
+    in_package(
+        "a CPU starts operations while it computes",
+        "plan/step_time.py",
+        "if gpu.reached.starts_ahead else seconds + started",
+        "if gpu.reached.starts_ahead else max(seconds, started)",
+        "plan/test_step_time.py",
+    ),
+    in_package(
+        "rows of a fake step share their memory",
+        "plan/step_probe.py",
+        "{name: tensor.clone() for",
+        "{name: tensor for",
+        "plan/test_step_operations.py",
+    ),
+    in_package(
         "a choice of experts repeats one",
         "plan/assumed_load.py",
         "expert.view(self.top_k, num_tokens).T.contiguous()",

@@ -24,6 +24,8 @@ class Reached:
     """Share of the gathers and reductions of weights that is hidden behind computation, as far as there is enough."""
     operation_s: float = 4e-6
     """Least time of an operation: the host starts so many one after the other."""
+    starts_ahead: bool = True
+    """The host starts operations while others are computed; without, both times add up."""
     inside_s: float = 15e-6
     """Latency of a collective inside a node."""
     between_s: float = 35e-6
@@ -153,7 +155,8 @@ GPUS: dict[str, Gpu] = {
                 memory=1,
                 links=1,
                 overlap=0,
-                operation_s=5e-6,
+                operation_s=6e-6,
+                starts_ahead=False,
                 inside_s=3e-4,
                 between_s=1e-3,
                 message_s=1e-4,

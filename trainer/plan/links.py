@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.config.nodes import shown_path
 from trainer.errors import ConfigError
-from trainer.plan.gpus import Gpu, Reached
+from trainer.plan.gpus import Gpu
 
 SCHEMA = 1
 
@@ -27,11 +27,7 @@ class Links:
 
     def of(self, gpu: Gpu) -> Gpu:
         """Return a device with the measured speeds, which are reached."""
-        reached = (
-            replace(gpu.reached, products=1.0, memory=1.0)
-            if gpu.name != "cpu"
-            else Reached(products=1.0, memory=1.0, overlap=0.0, operation_s=gpu.reached.operation_s)
-        )
+        reached = replace(gpu.reached, products=1.0, memory=1.0)
         return replace(gpu, flops=dict.fromkeys(gpu.flops, self.flops), bandwidth=self.bandwidth, reached=reached)
 
 

@@ -63,7 +63,7 @@ def plan_config(request: PlanRequest, *, write: Path | None = None, as_json: boo
             print_safe(line)
     if write is not None:
         best = found.fitting[0].layout
-        replace_file(write, _file(request, best, write))
+        replace_file(write, planned_file(request, best, write))
         if not as_json:
             print_safe(f"{write} has the first one; start it by: {start_line(cluster, write)}")
     return 0
@@ -124,7 +124,8 @@ def start_line(cluster: Cluster, path: Path) -> str:
     return f"sbatch --nodes {nodes} --gpus-per-node {cluster.per_node} scripts/slurm.sh {path}"
 
 
-def _file(request: PlanRequest, layout: PlannedLayout, path: Path) -> str:
+def planned_file(request: PlanRequest, layout: PlannedLayout, path: Path) -> str:
+    """Return the text of a config with a layout, which says how to start it."""
     cluster, config = request.cluster, layout.applied(request.config)
     assert config is not None, "it was measured"
     head = f"# Planned for {cluster.world_size} {cluster.gpu.name}, {cluster.per_node} in a machine:\n"

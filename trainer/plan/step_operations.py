@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from trainer.lab.costs.message_counter import CollectiveCall, call_of
+from trainer.ops.fused_ffn import has_onednn_product
 from trainer.plan.plain_tensor_mode import PlainTensorMode
 
 
@@ -116,9 +117,15 @@ def _of_attention_backward(
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape) // (2 if causal else 1)
 
 
+def _of_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
 _FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._grouped_mm: _of_grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_attention_backward,
 }
 """Operations that torch's registry lacks; of causal attention half the scores are computed."""
+if has_onednn_product():
+    _FLOPS[torch.ops.mkldnn._linear_pointwise] = _of_linear

@@ -101,7 +101,7 @@ def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, optio
         stack.callback(engine.close)
         engine.held()  # makes the optimizer's state, so that the first step is as every other
         before = counts.live
-        batches = _random_batches(config, mesh, options)
+        batches = random_batches(config, mesh, options)
         batch = (counts.live - before) // len(batches)
         with first:
             engine.train_step(batches[: options.first_micro_batches], lr=_LR)
@@ -127,7 +127,7 @@ def shape_of_batches(config: ExperimentConfig, world_size: int) -> tuple[int, in
     return num_batches, -(-rows // num_batches)
 
 
-def _random_batches(config: ExperimentConfig, mesh: Mesh, options: ProbeOptions) -> list[Batch]:
+def random_batches(config: ExperimentConfig, mesh: Mesh, options: ProbeOptions) -> list[Batch]:
     """Return micro-batches of random tokens; the same on all ranks."""
     num_batches, B = shape_of_batches(config, mesh.layout.world_size)
     generator = torch.Generator().manual_seed(options.seed or 0)
@@ -136,7 +136,9 @@ def _random_batches(config: ExperimentConfig, mesh: Mesh, options: ProbeOptions)
         for _ in range(options.num_micro_batches or num_batches)
     )
     rows = (Batch.of_whole_rows(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts)
-    return [own_part(batch, mesh.layout) for batch in rows]
+    # Each field with memory of its own, as those that are read.
+    batches = (Batch(**{name: tensor.clone() for name, tensor in batch.tensors().items()}) for batch in rows)
+    return [own_part(batch, mesh.layout) for batch in batches]
 
 
 @contextmanager

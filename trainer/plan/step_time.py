@@ -1,6 +1,7 @@
 """A model of a step's time: a roofline of what is computed, and the time of every collective. Not a measurement.
 
-computation   the larger of: operations one after the other, products and others at the speeds of the device
+computation   the larger of: operations one after the other, products and others at the speeds of the device; their
+              sum on a CPU
 exchanged     all-to-alls and all-gathers of rows: waited for
 weights       gathers and reductions of weights and gradients: partly hidden behind computation
 """
@@ -66,7 +67,7 @@ def _computation(totals: Mapping[Quantity, float], gpu: Gpu) -> float:
                 speed = gpu.flops.get(dtype, gpu.flops["float32"]) * gpu.reached.products
                 moving = max(moving, flops / speed)
             seconds += moving
-    return max(seconds, started)
+    return max(seconds, started) if gpu.reached.starts_ahead else seconds + started
 
 
 def _modelled(key: Quantity, calls: float, sent: float, messages: float, gpu: Gpu, ranks_per_node: int) -> float:

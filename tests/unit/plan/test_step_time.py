@@ -36,6 +36,14 @@ def sent(name: str, ranks: tuple[int, ...], size: float) -> dict[Quantity, float
     }
 
 
+def test_a_host_that_computes_itself_adds_up_both_times() -> None:
+    slow = replace(GPU, reached=replace(IDEAL, operation_s=0.5))
+    alone = replace(slow, reached=replace(slow.reached, starts_ahead=False))
+    work = cost(flops=500, moved=10, others=20, started=4)
+    assert step_time(work, slow, ranks_per_node=2).total == 5 + 2
+    assert step_time(work, alone, ranks_per_node=2).total == 5 + 2 + 4 * 0.5
+
+
 def test_products_take_the_longer_of_computing_and_reading() -> None:
     assert step_time(cost(flops=500, moved=10), GPU, ranks_per_node=2).total == 5
     assert step_time(cost(flops=500, moved=80), GPU, ranks_per_node=2).total == 8

@@ -47,7 +47,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     # Every block of the CPU allocator is an event, those of compiled code included, which a dispatch mode misses.
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events: list[Any] = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
