@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.builders import tiny_model_config
-from trainer.distributed import mesh as mesh_module
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.rank_layout import Layout
@@ -31,10 +30,7 @@ def fake_mesh(layout: Layout) -> Mesh:
     """Return the mesh of a rank whose collectives send nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=layout.rank, world_size=layout.world_size)
     new_group = dist.new_group
-    with (
-        patch.object(dist, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
-        patch.object(mesh_module, "differences_across_ranks", lambda *_: []),
-    ):
+    with patch.object(dist, "new_group", lambda ranks, **options: new_group(ranks, **options | {"backend": "fake"})):
         return build_mesh(layout, FlightRecorder())
 
 

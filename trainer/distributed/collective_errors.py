@@ -30,11 +30,11 @@ def raise_together(group: Group) -> Iterator[None]:
         if isinstance(caught, TurnoutError) and caught.is_on_every_rank:
             raise
         error = caught
-    reports = barrier_gather(group, None if error is None else _report(error))
-    failed = [rank for rank, report in enumerate(reports) if report is not None]
-    if not failed:
+    wait_for_all(group)
+    if not group.any(error is not None):
         return
-    first = failed[0]
+    reports = group.all_gather_objects(None if error is None else _report(error))
+    first = next(rank for rank, report in enumerate(reports) if report is not None)
     text, exit_code = reports[first]
     if group.index != first:
         raise RemoteRankError(f"rank {group.ranks[first]}: {text}", exit_code) from None
@@ -46,10 +46,15 @@ def raise_together(group: Group) -> Iterator[None]:
     raise error
 
 
+def wait_for_all(group: Group) -> None:
+    """Wait for all ranks, however long one reads text or writes files; a TurnoutError if one is lost."""
+    if group.watch is not None:
+        group.watch.barrier()
+
+
 def barrier_gather(group: Group, value: Plain) -> list[Any]:
     """Return the values of all ranks, once all are here, however long one takes; a TurnoutError if one is lost."""
-    if group.watch is not None:
-        group.watch.barrier()  # without timeout: one rank may read text or write files for long
+    wait_for_all(group)
     return group.all_gather_objects(value)
 
 

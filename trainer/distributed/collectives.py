@@ -1,9 +1,11 @@
 """Collectives on groups of ranks: the only module that calls those of torch.distributed, besides FSDP2.
 
 A group of one rank communicates nothing and needs no process group, so that one process runs the same code as many.
-Reductions are always SUM: nothing is averaged here, and no other code divides by a number of ranks.
+Reductions are always SUM: nothing is averaged here, and no other code divides by a number of ranks. Only `agrees`,
+which compares, asks for the largest.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,8 +112,27 @@ class Group:
                 dist.broadcast(x, self.ranks[source], group=self._handle)
         return x
 
+    def agrees(self, value: Plain) -> bool:
+        """Return whether all members have the same value, on all of them; each sends a hash, whatever its size."""
+        if self._handle is None:
+            return True
+        digest = hashlib.blake2b(to_json(value), digest_size=8).digest()
+        mine = int.from_bytes(digest, "big") >> 2
+        ends = torch.tensor([mine, -mine], device=self.device)
+        with self._watched("compare", [len(ends)]):
+            dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._handle)
+        largest, negated_smallest = ends.tolist()
+        return largest == -negated_smallest
+
+    def any(self, holds: bool) -> bool:
+        """Return whether something holds on a member."""
+        return bool(self.all_reduce_(torch.tensor([int(holds)], device=self.device)).item())
+
     def all_gather_objects(self, value: Plain) -> list[Any]:
-        """Return the values of all members, sent as JSON (see `wire_format`); for small values. Tuples become lists."""
+        """Return the values of all members, sent as JSON (see `wire_format`); for small values. Tuples become lists.
+
+        What a rank receives grows with the ranks: for a few bytes each, or where something has gone wrong.
+        """
         data = to_json(value)
         if self._handle is None:
             return [from_json(data)]

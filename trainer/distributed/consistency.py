@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config.dump import changed_values, short
-from trainer.distributed.collective_errors import barrier_gather
+from trainer.distributed.collective_errors import wait_for_all
 from trainer.distributed.collectives import Group
 from trainer.distributed.rank_layout import format_ranks
+from trainer.distributed.wire_format import from_json, to_json
 
 _SHOWN = 8  # most keys, ranks and hosts named in a message; further ones are only counted
 
@@ -15,18 +16,24 @@ _SHOWN = 8  # most keys, ranks and hosts named in a message; further ones are on
 def differences_across_ranks(group: Group, values: Mapping[str, Any]) -> list[str]:
     """Compare JSON values with those of the group's first rank; collective.
 
-    Return a line for each key whose value differs, with values, ranks and hosts; the same on all ranks.
+    Return a line for each key whose value differs, with values, ranks and hosts; the same on all ranks. Equal values
+    are compared by their hashes.
     """
     if group.size == 1:
         return []
-    reports = barrier_gather(group, (socket.gethostname(), dict(values)))
-    first = reports[0][1]
+    values = dict(values)
+    wait_for_all(group)
+    if group.agrees(values):
+        return []
+    first = group.broadcast_object(values)
+    changes = [(key, short(old), short(new)) for key, old, new in changed_values(first, from_json(to_json(values)))]
+    reports = group.all_gather_objects((socket.gethostname(), changes))
     others: dict[str, dict[str, list[int]]] = {}  # key: value: members that have it
     olds: dict[str, str] = {}
     for index, (_, mine) in enumerate(reports):
-        for key, old, new in changed_values(first, mine):
-            olds[key] = short(old)
-            others.setdefault(key, {}).setdefault(short(new), []).append(index)
+        for key, old, new in mine:
+            olds[key] = old
+            others.setdefault(key, {}).setdefault(new, []).append(index)
     hosts = [host for host, _ in reports]
     lines = [
         f"{key}: {olds[key]} on {_members(group, hosts, [0])}, "

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -101,7 +101,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         timeout = timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if on_gpu else 0))
         try:
             start_groups(layout, store, device, timeout)
-            mesh = build_mesh(layout, recorder, watch)
+            mesh = build_mesh(layout, recorder, watch, timeout=timeout)
         except RuntimeError as error:  # from the network, or since a rank has left meanwhile
             raise _cannot_join(layout, error) from error
         yield mesh
@@ -153,8 +153,9 @@ def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu:
 def start_groups(layout: Layout, store: dist.Store, device: torch.device, timeout: timedelta) -> None:
     """Create torch's default group: over gloo on CPUs, over NCCL on GPUs.
 
-    NCCL is told the device, so that it connects at once, and splits the groups of a mesh from one communicator. Its
-    kernels go before those that compute, unless the user has said otherwise: other ranks wait for them.
+    NCCL is not told the device, which the process has set: with it, each group of a mesh is split from all ranks at
+    once, used or not; without, a group connects at its first collective, and its members only. Its kernels go before
+    those that compute, unless the user has said otherwise: other ranks wait for them.
     """
     is_cpu = device.type == "cpu"
     if not is_cpu:
@@ -165,7 +166,6 @@ def start_groups(layout: Layout, store: dist.Store, device: torch.device, timeou
         rank=layout.rank,
         world_size=layout.world_size,
         timeout=timeout,
-        device_id=None if is_cpu else device,
     )
 
 
@@ -191,20 +191,26 @@ def _choose_interface(layout: Layout) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None = None) -> Mesh:
-    """Create this rank's groups from torch's default one; a ConfigError if ranks would create different ones."""
+def build_mesh(
+    layout: Layout, recorder: FlightRecorder, watch: Watchdog | None = None, *, timeout: timedelta | None = None
+) -> Mesh:
+    """Create this rank's groups from torch's default one; a ConfigError if ranks would create different ones.
+
+    A group meets its members alone, so a rank's work does not grow with the groups of other ranks. Torch names a group
+    by its ranks and the number of groups that a member has already: all ranks create the kinds in one order, and have a
+    group of a kind either all or none, as all groups of a kind have one size. `timeout` is that of the default group.
+    """
     if layout.world_size == 1:
         return Mesh.of_one()
     everyone = list(range(layout.world_size))
     handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(everyone): dist.group.WORLD}
 
     def group(name: str, members: list[list[int]]) -> Group:
-        """Create all groups of a kind, as every rank must, and return this rank's."""
-        for ranks in members:
-            if tuple(ranks) not in handles:  # groups with the same ranks are created once
-                handles[tuple(ranks)] = cast(dist.ProcessGroup, dist.new_group(ranks)) if len(ranks) > 1 else None
-        mine = next(ranks for ranks in members if layout.rank in ranks)
-        return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], recorder=recorder, watch=watch)
+        """Create this rank's group of a kind; those with the same ranks are created once."""
+        mine = tuple(next(ranks for ranks in members if layout.rank in ranks))
+        if mine not in handles:
+            handles[mine] = _new_group(mine, timeout) if len(mine) > 1 else None
+        return Group(name, mine, me=layout.rank, handle=handles[mine], recorder=recorder, watch=watch)
 
     # With a flight recorder of its own: that of the run starts with the run's own collectives.
     starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, recorder=FlightRecorder(), watch=watch)
@@ -220,6 +226,11 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
         host = Group("host", everyone, me=layout.rank, handle=gloo, recorder=recorder, watch=watch)
     saver = Group("saving", everyone, me=layout.rank, handle=saving, recorder=FlightRecorder())
     return mesh_of_groups(layout, group, world=world, host=host, saving=saver)
+
+
+def _new_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
+    made = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    return cast(dist.ProcessGroup, made)
 
 
 def mesh_of_groups(
