@@ -4,6 +4,13 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "every rank with a copy writes it",
+        "checkpoint/plan_together.py",
+        "            if writer == group.index:\n",
+        "            if True:\n",
+        "checkpoint/test_plan_together.py::test_every_part_is_written_once_and_known_to_rank_0",
+    ),
+    in_package(
         "rows apart are written from the first one",
         "checkpoint/saver.py",
         "return part.tensor[first : first + wanted.length]",

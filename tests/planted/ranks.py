@@ -4,6 +4,20 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "nobody watches the next node",
+        "distributed/verdict.py",
+        "{*here, (rank + ranks_per_node) % world_size}",
+        "{*here}",
+        "distributed/test_verdict.py::test_whichever_ranks_are_lost_another_one_watches_one_of_them",
+    ),
+    in_package(
+        "a comparison of ranks looks at the largest value only",
+        "distributed/collectives.py",
+        "return ends[0] != ~ends[1]",
+        "return ends[0] != x",
+        "distributed/test_collectives.py::test_ranks_see_alike_where_they_differ",
+    ),
+    in_package(
         "tokens go to where their experts were by number",
         "moe/layer.py",
         "placed = decision if self.places is None else self.places.placed(decision)",

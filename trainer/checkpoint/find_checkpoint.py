@@ -10,7 +10,7 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.file_integrity import check_file
 from trainer.checkpoint.manifest import Manifest, UnsupportedFormat
 from trainer.checkpoint.safetensors_file import check_finite_values
-from trainer.distributed.collective_errors import barrier_gather
+from trainer.distributed.collective_errors import wait_for_all
 from trainer.distributed.collectives import Group
 from trainer.distributed.rank_layout import format_ranks
 from trainer.distributed.wire_format import error_from_wire, error_to_wire
@@ -49,7 +49,7 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
     rejected: dict[int, str] = {}
     while True:
         steps = [step for step in folder.steps() if step not in rejected] if group.index == 0 else []
-        step = group.all_gather_objects(max(steps, default=None))[0]
+        step = group.broadcast_object(max(steps, default=None))
         if step is None:
             break
         fault_injection.hit("resume.candidate")
@@ -92,8 +92,10 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> CheckpointHandl
     except (CheckpointError, ResourceError) as error:
         defect = error
     fault_injection.hit("resume.checked")
-    gathered = barrier_gather(group, (error_to_wire(defect), None if manifest is None else manifest.sha256))
-    reports = [(error_from_wire(error), sha256) for error, sha256 in gathered]
+    found = error_to_wire(defect), None if manifest is None else manifest.sha256
+    wait_for_all(group)
+    reports = [] if group.agrees(found) and defect is None else group.all_gather_objects(found)
+    reports = [(error_from_wire(error), sha256) for error, sha256 in reports]
     for rank, (error, _) in enumerate(reports):
         if isinstance(error, UnsupportedFormat | ResourceError):
             raise type(error)(f"{f'rank {group.ranks[rank]}: ' if group.size > 1 else ''}{error}")

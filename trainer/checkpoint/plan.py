@@ -51,16 +51,24 @@ class SavePlan:
     places: dict[str, Placement]
     """Placement of each tensor on any one of its holders."""
     parts: dict[str, list[StatePart]]
-    """Parts of each tensor, in order; they cover each index of dimension 0 once."""
+    """Parts of each tensor, in order; those of all ranks cover each index of dimension 0 once."""
 
     def of_rank(self, rank: int) -> list[tuple[str, StatePart]]:
         """Return the parts that a rank writes, with the names of their tensors."""
         return [(name, part) for name, parts in self.parts.items() for part in parts if part.rank == rank]
 
+    def sizes_by_rank(self) -> dict[int, dict[tuple[str, int], int]]:
+        """Return the bytes of each part that each rank writes, by tensor and start, in the order of `of_rank`."""
+        sizes: dict[int, dict[tuple[str, int], int]] = {}
+        for name, parts in self.parts.items():
+            for part in parts:
+                sizes.setdefault(part.rank, {})[name, part.start] = part.length * self.places[name].index_bytes
+        return sizes
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(part.length * self.places[name].index_bytes for name, parts in self.parts.items() for part in parts)
+        return sum((place.shape[0] if place.shape else 1) * place.index_bytes for place in self.places.values())
 
 
 def local_placements(state: TrainState) -> dict[str, Placement]:
@@ -108,7 +116,12 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
             writer = min(ranks, key=lambda rank: (load[rank], rank))
             load[writer] += length * places[name].index_bytes
             parts[name].append(StatePart(writer, start, length))
+    check_moments(places)
+    return SavePlan(places=places, parts=parts)
+
+
+def check_moments(places: Mapping[str, Placement]) -> None:
+    """Raise a CheckpointError if experts that learn lack their moments."""
     experts = [name for name, place in places.items() if place.is_of_experts and not place.is_frozen]
     for missing in missing_moments({name: place.shape for name, place in places.items()}, experts):
         raise CheckpointError(f"not saved: {missing}; this is a bug in the engine")
-    return SavePlan(places=places, parts=parts)

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.plan_together import copy_groups
 from trainer.checkpoint.state import TrainState
+from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import format_ranks
 from trainer.errors import DivergedError, NumericsError
@@ -23,7 +25,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | None) -> None:
-    """Compare checksums of replicated tensors across ranks, in one small all-gather; collective.
+    """Compare checksums of replicated tensors across the ranks with copies of them; collective.
 
     All ranks have the same names in the same order. `step` counts completed steps; `equal_at` is that at which the
     copies were last found equal, None if they never were compared.
@@ -35,7 +37,10 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
     if mesh.world.size == 1:
         return
     mesh.world.recorder.enter("comparing copies")
-    table = mesh.world.all_gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); device sync
+    mine = _fingerprints(state).to(mesh.world.device)  # (N, 3)
+    if not mesh.world.any(any([_differ(mine, group) for group in copy_groups(mesh)])):  # each group is asked
+        return
+    table = mesh.world.all_gather(mine).cpu()  # (W, N, 3)
     suspect = torch.zeros(table.shape[:2], dtype=torch.bool)  # (W, N)
     for period in (1, mesh.layout.ep_size, mesh.shard.size, mesh.layout.ep_size * mesh.edp_shard.size):
         first_copy = torch.arange(len(table)) % period  # the first rank with the same weights, experts or shards
@@ -71,6 +76,12 @@ def _fingerprints(state: TrainState) -> Tensor:
     place = [[part.start, part.tensor.shape[0] if part.tensor.dim() else 1] for part in parts]
     sums = torch.stack([checksum(part.tensor).to(device) for part in parts])
     return torch.cat([torch.tensor(place, device=device), sums[:, None]], dim=1)
+
+
+def _differ(fingerprints: Tensor, group: Group) -> bool:
+    """Return whether copies differ among ranks that all hold the same part of a tensor; collective."""
+    differs = group.differs(fingerprints)  # (N, 3)
+    return bool((differs[:, 2] & ~differs[:, :2].any(1)).any())
 
 
 def _differs(table: Tensor, other: Tensor) -> Tensor:

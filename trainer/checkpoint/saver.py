@@ -25,10 +25,11 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor
 from trainer.checkpoint.manifest_file import manifest_text
-from trainer.checkpoint.plan import Placement, SavePlan, StatePart, local_placements, plan_save
+from trainer.checkpoint.plan import SavePlan, StatePart
+from trainer.checkpoint.plan_together import plan_together
 from trainer.checkpoint.shared_fs import VISIBLE_S
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.checkpoint.tensor_files import PartKey, write_durably, write_files
+from trainer.checkpoint.tensor_files import PartKey, files_of, write_durably, write_files
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.wire_format import error_from_wire, error_to_wire
@@ -94,8 +95,7 @@ class Saver:
         self.close()
         began = time.perf_counter()
         if self._plan is None:  # placement does not change within a run
-            gathered = self._mesh.world.all_gather_objects(local_placements(state))
-            self._plan = plan_save([{name: Placement(*values) for name, values in held.items()} for held in gathered])
+            self._plan = plan_together(state, self._mesh)
             self._size_bytes = self._plan.size_bytes
         fault_injection.hit("save.planned")
         parts = self._plan.of_rank(self._mesh.layout.rank)
@@ -174,31 +174,36 @@ class Saver:
         error = _first_error(self._group, error)
         if error is None:
             files: dict[str, StoredFile] = {}
-            file_of: dict[PartKey, str] = {}
             try:
                 _wait_for(temporary)
-                files, file_of = write_files(temporary, job.tensors, rank=self._group.index)
+                files = write_files(temporary, job.tensors, rank=self._group.index)
             except (OSError, MemoryError) as refused:
                 error = self._explain(job, refused)
             fault_injection.hit("save.before_vote")
-            written = {name: stored.model_dump() for name, stored in files.items()}
-            named = [(*key, file) for key, file in file_of.items()]
-            reports = self._group.all_gather_objects((error_to_wire(error), written, named))
-            error = next((error_from_wire(report[0]) for report in reports if report[0] is not None), None)
+            reports = self._group.gather_objects([list(stored.model_dump().values()) for stored in files.values()])
+            error = _first_error(self._group, error)
             fault_injection.hit("save.voted")
-            if is_first and error is None:
+            if reports is not None and error is None:
                 error = self._attempt(job, lambda: self._commit(job, reports))
         if is_first and error is not None:
             self.folder.abandon(job.step)
         return _first_error(self._group, error)
 
-    def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], list[tuple[str, int, str]]]]) -> None:
+    def _commit(self, job: _Job, reports: Sequence[Sequence[tuple[int, str]]]) -> None:
+        """Write the manifest, given the size and hash of each file of each rank, in order, and rename the folder."""
         assert self._plan is not None
         temporary, tensors = self.folder.temporary(job.step), {}
-        file_of = [{(name, start): file for name, start, file in report[2]} for report in reports]
+        files: dict[str, StoredFile] = {}
+        file_of: dict[tuple[int, PartKey], str] = {}
+        sizes = self._plan.sizes_by_rank()
+        for rank, written in enumerate(reports):
+            named = files_of(sizes.get(rank, {}), rank=rank)
+            for (name, keys), (size_bytes, sha256) in zip(named.items(), written, strict=True):
+                files[name] = StoredFile(size_bytes=size_bytes, sha256=sha256)
+                file_of |= {(rank, key): name for key in keys}
         for name, place in self._plan.places.items():
             slices = [
-                StoredSlice(file=file_of[part.rank][name, part.start], start=part.start, length=part.length)
+                StoredSlice(file=file_of[part.rank, (name, part.start)], start=part.start, length=part.length)
                 for part in self._plan.parts[name]
             ]
             tensors[name] = StoredTensor(
@@ -208,7 +213,6 @@ class Saver:
                 is_frozen=place.is_frozen,
                 slices=slices,
             )
-        files = {name: StoredFile(**stored) for report in reports for name, stored in report[1].items()}
         for name, stored in files.items():
             size_bytes = (temporary / name).stat().st_size  # FileNotFoundError: not a shared file system
             if size_bytes != stored.size_bytes:
@@ -253,6 +257,8 @@ def _rows(part: Slice, wanted: StatePart) -> Tensor:
 
 def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:
     """Return the error of the first rank that has one; collective."""
+    if not group.any(error is not None):
+        return None
     reports = group.all_gather_objects(error_to_wire(error))
     return next((error_from_wire(report) for report in reports if report is not None), None)
 

@@ -32,7 +32,7 @@ def check_shared(folder: RunFolder, group: Group) -> None:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 folder.write(marker, token, is_passing=True)
         here, host = folder.path.absolute(), socket.gethostname()
-        token, there, first_host = group.all_gather_objects((token, str(here), host) if is_first else None)[0]
+        token, there, first_host = group.broadcast_object((token, str(here), host))
         with raise_together(group):
             if not is_first and not _appears(marker, token):
                 raise ConfigError(

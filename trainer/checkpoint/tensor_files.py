@@ -32,20 +32,22 @@ PartKey = tuple[str, int]
 _MAX_NAMES = 10_000  # a header entry has less than 1 kB, and headers of up to 16 MiB are read
 
 
-def write_files(
-    folder: Path, tensors: Mapping[PartKey, Tensor], *, rank: int
-) -> tuple[dict[str, StoredFile], dict[PartKey, str]]:
-    """Write tensors on the CPU into a folder that other ranks share, and flush them to disk.
+def files_of(sizes: Mapping[PartKey, int], *, rank: int) -> dict[str, list[PartKey]]:
+    """Return the parts in each of a rank's files, given the bytes of all its parts."""
+    split = enumerate(_split_into_files(sizes))
+    return {f"tensors-{rank:05d}-{number:05d}.safetensors": keys for number, keys in split}
 
-    Returns:
-        The size and hash of each file, whose names contain the rank, and the file of each part.
+
+def write_files(folder: Path, tensors: Mapping[PartKey, Tensor], *, rank: int) -> dict[str, StoredFile]:
+    """Write tensors on the CPU into the files of a rank, in a folder that other ranks share; flush them to disk.
+
+    Return the size and hash of each file.
     """
-    files, file_of = {}, {}
-    for number, keys in enumerate(_split_into_files(tensors)):
-        file = f"tensors-{rank:05d}-{number:05d}.safetensors"
+    files = {}
+    sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
+    for file, keys in files_of(sizes, rank=rank).items():
         files[file] = write_durably(folder / file, _as_safetensors({key[0]: tensors[key] for key in keys}))
-        file_of |= dict.fromkeys(keys, file)
-    return files, file_of
+    return files
 
 
 def write_durably(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFile:
@@ -184,16 +186,16 @@ class _Slices(Mapping[str, Slice]):
         return len(self._like)
 
 
-def _split_into_files(tensors: Mapping[PartKey, Tensor]) -> Iterator[list[PartKey]]:
+def _split_into_files(sizes: Mapping[PartKey, int]) -> Iterator[list[PartKey]]:
     """Yield the parts of each file: up to its size, and one part of a tensor, which is stored under its name."""
     turn_of, seen = {}, Counter[str]()
-    for key in tensors:
+    for key in sizes:
         turn_of[key] = seen[key[0]]
         seen[key[0]] += 1
     names: dict[str, PartKey] = {}
     size = 0
-    for key in sorted(tensors, key=turn_of.__getitem__):  # every tensor's first part, then every second one
-        size_bytes = tensors[key].numel() * tensors[key].element_size()
+    for key in sorted(sizes, key=turn_of.__getitem__):  # every tensor's first part, then every second one
+        size_bytes = sizes[key]
         if names and (size + size_bytes > FILE_SIZE_BYTES or len(names) == _MAX_NAMES or key[0] in names):
             yield list(names.values())
             names, size = {}, 0

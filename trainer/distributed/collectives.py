@@ -1,12 +1,11 @@
 """Collectives on groups of ranks: the only module that calls those of torch.distributed, besides FSDP2.
 
 A group of one rank communicates nothing and needs no process group, so that one process runs the same code as many.
-Reductions are always SUM: nothing is averaged here, and no other code divides by a number of ranks. Only `agrees`,
-which compares, asks for the largest.
+Reductions are always SUM: nothing is averaged here, and no other code divides by a number of ranks. Only `differs`
+asks for the largest.
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,54 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainer.distributed.flight_recorder import FlightRecorder, Operation
-from trainer.distributed.watchdog import Watchdog
+from trainer.distributed.flight_recorder import Operation
+from trainer.distributed.watched_group import WatchedGroup
 from trainer.distributed.wire_format import Plain, from_json, to_json
-from trainer.errors import CommError, first_line
+from trainer.errors import CommError
 
 
-class Group:
-    """A group of ranks. All methods are collective: every member must make the same calls in the same order.
-
-    `ranks` are the global ranks of its members, in order, `me` that of this process. `handle` is torch's process group;
-    None for a group of one.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        ranks: Sequence[int],
-        *,
-        me: int,
-        handle: dist.ProcessGroup | None,
-        recorder: FlightRecorder,
-        watch: Watchdog | None = None,
-    ) -> None:
-        assert (handle is None) == (len(ranks) == 1)
-        self.name, self.ranks, self.index = name, tuple(ranks), ranks.index(me)
-        self._handle, self.recorder, self.watch = handle, recorder, watch
-
-    @classmethod
-    def of_one(cls, recorder: FlightRecorder | None = None) -> "Group":
-        """Return a group of this process alone."""
-        return cls("world", [0], me=0, handle=None, recorder=recorder or FlightRecorder())
-
-    @property
-    def device(self) -> torch.device:
-        """Device that tensors must be on."""
-        is_nccl = self._handle is not None and dist.get_backend(self._handle) == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return len(self.ranks)
-
-    @property
-    def handle(self) -> dist.ProcessGroup:
-        """Torch's process group, for libraries that communicate by themselves."""
-        assert self._handle is not None, "a group of one has no process group"
-        return self._handle
+class Group(WatchedGroup):
+    """A group of ranks. All methods are collective: every member must make the same calls in the same order."""
 
     def device_mesh(self, copies: "Group") -> DeviceMesh:
         """Return the group as a torch DeviceMesh for FSDP2; of two dimensions if there are copies of its shards.
@@ -114,15 +73,16 @@ class Group:
 
     def agrees(self, value: Plain) -> bool:
         """Return whether all members have the same value, on all of them; each sends a hash, whatever its size."""
-        if self._handle is None:
-            return True
         digest = hashlib.blake2b(to_json(value), digest_size=8).digest()
-        mine = int.from_bytes(digest, "big") >> 2
-        ends = torch.tensor([mine, -mine], device=self.device)
-        with self._watched("compare", [len(ends)]):
-            dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._handle)
-        largest, negated_smallest = ends.tolist()
-        return largest == -negated_smallest
+        return not self.differs(torch.tensor([int.from_bytes(digest, "big") >> 1], device=self.device)).any()
+
+    def differs(self, x: Tensor) -> Tensor:
+        """Return where integers x are not the same on all members, on all of them."""
+        ends = torch.stack([x, ~x])  # of which the largest, and the opposite of the smallest, are asked for
+        if self._handle is not None:
+            with self._watched("compare", [ends.numel()]):
+                dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._handle)
+        return ends[0] != ~ends[1]
 
     def any(self, holds: bool) -> bool:
         """Return whether something holds on a member."""
@@ -133,17 +93,31 @@ class Group:
 
         What a rank receives grows with the ranks: for a few bytes each, or where something has gone wrong.
         """
-        data = to_json(value)
         if self._handle is None:
-            return [from_json(data)]
-        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
-        with self._watched("all_gather_object", [len(mine)]):
-            sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in self.ranks]
-            dist.all_gather(sizes, sizes[0] + len(mine), group=self._handle)
-            longest = max(map(int, sizes))
-            parts = [mine.new_empty(longest) for _ in self.ranks]
-            dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=self._handle)
-        return [self._read(part[: int(size)], i) for i, (part, size) in enumerate(zip(parts, sizes, strict=True))]
+            return [from_json(to_json(value))]
+        with self._object_message("all_gather_object", value) as mine:
+            parts = [torch.empty_like(mine) for _ in self.ranks]
+            dist.all_gather(parts, mine, group=self._handle)
+        return [self._read(part, i) for i, part in enumerate(parts)]
+
+    def gather_objects(self, value: Plain) -> list[Any] | None:
+        """Return what `all_gather_objects` does on the first member; None on the others."""
+        if self._handle is None:
+            return [from_json(to_json(value))]
+        with self._object_message("gather_object", value) as mine:
+            parts = [torch.empty_like(mine) for _ in self.ranks] if self.index == 0 else None
+            dist.gather(mine, parts, self.ranks[0], group=self._handle)
+        return None if parts is None else [self._read(part, i) for i, part in enumerate(parts)]
+
+    @contextmanager
+    def _object_message(self, name: str, value: Plain) -> Iterator[Tensor]:
+        """Yield a value as JSON, with spaces up to the length of the longest member's; inside, it is exchanged."""
+        data = to_json(value)
+        with self._watched(name, [len(data)]):
+            longest = torch.tensor([len(data)], device=self.device)
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._handle)
+            padded = bytearray(data.ljust(int(longest)))
+            yield torch.frombuffer(padded, dtype=torch.uint8).to(self.device)
 
     def broadcast_object(self, value: Plain) -> Any:
         """Return the first member's value, sent as JSON (see `wire_format`); for values that may be large."""
@@ -196,29 +170,6 @@ class Group:
         except (ValueError, RecursionError) as error:
             what = f"rank {self.ranks[source]} sent invalid JSON"
             raise CommError(self._failure(self.recorder.operations[-1], what)) from error
-
-    @contextmanager
-    def _watched(self, name: str, sizes: Sequence[int]) -> Iterator[None]:
-        with self.awaited(self.recorder.note(name, self.name, sizes)):
-            yield
-
-    @contextmanager
-    def awaited(self, operation: Operation) -> Iterator[None]:
-        """Record a wait for an operation. If it fails, the flight recorder keeps it as the running one."""
-        self.recorder.wait_for(operation)
-        with self._reported(operation):
-            yield
-        self.recorder.end()
-
-    @contextmanager
-    def _reported(self, operation: Operation) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise CommError(self._failure(operation, backend_reason(error))) from error
-
-    def _failure(self, operation: Operation, reason: str) -> str:
-        return f"rank {self.ranks[self.index]}: {operation} failed at step {self.recorder.step}: {reason}"
 
 
 class AllToAll:
@@ -292,14 +243,3 @@ class _Receive(torch.autograd.Function):
         assert exchange.pending is None, "its gradient is already in flight"
         exchange.pending = exchange.group.issue_all_to_all(grad, exchange.receive, exchange.send)
         return exchange.pending.out, None
-
-
-def is_collective_error(error: BaseException) -> bool:
-    """Return whether an error comes from a collective that a library issues itself, as FSDP and DeepSpeed do."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
-
-
-def backend_reason(error: BaseException) -> str:
-    """Return the backend's error message, without its source line and advice."""
-    first = first_line(error).partition(" This is typically")[0]
-    return re.sub(r"^\[\S*?:\d+\] ", "", first)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-_MAX_OPERATIONS_SHOWN = 3
+MAX_OPERATIONS_SHOWN = 3
 _MAX_RANKS_SHOWN = 16
 
 
@@ -65,7 +65,7 @@ def diagnose_lost_ranks(
     for rank in sorted(shown[:_MAX_RANKS_SHOWN]):
         beat = beats[rank]
         state = "is silent, last seen" if rank in silent else beat.state
-        last = " ".join(beat.operations[-_MAX_OPERATIONS_SHOWN:]) or "none"
+        last = " ".join(beat.operations[-MAX_OPERATIONS_SHOWN:]) or "none"
         lines.append(f"  rank {rank} {state} in {beat.position()}; last collectives: {last}")
     if len(shown) > _MAX_RANKS_SHOWN:
         lines.append(f"  and {len(shown) - _MAX_RANKS_SHOWN} ranks that came as far or farther")

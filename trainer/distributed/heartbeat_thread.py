@@ -9,6 +9,7 @@ import torch.distributed as dist
 from trainer.distributed.heartbeat import Heartbeat
 
 _BEAT_S = 1.0
+_STARTED = "started"
 
 
 def key_of(rank: int) -> str:
@@ -44,6 +45,11 @@ class HeartbeatThread:
         self._wake.set()
         self._thread.join(wait_s)
 
+    @staticmethod
+    def num_started(store: dist.Store) -> int:
+        """Return how many ranks have published a heartbeat."""
+        return store.add(_STARTED, 0)
+
     @property
     def silence_s(self) -> float:
         """Seconds for which the store has not answered; 0 if no request is pending or the store is known to be lost."""
@@ -59,6 +65,8 @@ class HeartbeatThread:
             self._asked_at = time.monotonic()
             try:
                 self._store.set(key, self._beat(number).to_json())
+                if number == 1:
+                    self._store.add(_STARTED, 1)
                 self._store.check([key])  # `set` does not wait for an answer
             except RuntimeError:  # the store is lost, and torchrun with it: a collective will fail soon
                 is_last = True

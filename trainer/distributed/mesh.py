@@ -11,7 +11,8 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.collectives import Group, backend_reason, is_collective_error
+from trainer.distributed.backend_errors import backend_reason, is_collective_error
+from trainer.distributed.collectives import Group
 from trainer.distributed.consistency import differences_across_ranks
 from trainer.distributed.deadline import exit_after
 from trainer.distributed.device_clock import clock_of
@@ -26,6 +27,7 @@ from trainer.step_timer import StepTimer
 _MIN_START_S = 300.0  # at least, for the rendezvous: import and start-up times differ between ranks
 _RENDEZVOUS_GRACE_S = 10.0
 _NCCL_MARGIN_S = 15.0
+_MAX_MESHED = 64  # ranks, beyond which gloo does not connect every two of them
 _SAVING_TIMEOUT = timedelta(hours=6)  # writing files may take long; the watchdog detects lost ranks
 
 
@@ -145,6 +147,7 @@ def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu:
             on_gpu=on_gpu,
             store_address=f"{address}:{port}",
             store_node_ranks=() if layout.rank in first else first,
+            ranks_per_node=layout.ranks_per_node,
         )
     watch.start(wait_s=start_s)
     return watch, attempt
@@ -155,9 +158,12 @@ def start_groups(layout: Layout, store: dist.Store, device: torch.device, timeou
 
     NCCL is not told the device, which the process has set: with it, each group of a mesh is split from all ranks at
     once, used or not; without, a group connects at its first collective, and its members only. Its kernels go before
-    those that compute, unless the user has said otherwise: other ranks wait for them.
+    those that compute, unless the user has said otherwise: other ranks wait for them. Gloo, which connects every two
+    ranks by default, is told to do so at their first message where that would be too many connections.
     """
     is_cpu = device.type == "cpu"
+    if layout.world_size > _MAX_MESHED:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not is_cpu:
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(

@@ -1,8 +1,8 @@
 """Watchdog: name the lost rank when a collective fails or hangs, and end this one.
 
-Every rank publishes a heartbeat once a second in torchrun's store. They are read only while a rank waits for others in
-a barrier, or when a collective has failed or timed out: then this rank reads them twice, names the ranks that have gone
-silent, and exits.
+Every rank publishes a heartbeat once a second in torchrun's store. A rank that waits for others in a barrier reads
+those of the few that it watches. When a collective has failed or timed out, one rank reads all of them twice, and names
+the ranks that have gone silent, for everyone (`verdict.py`); then all exit.
 
 The store may also fall silent, if its host freezes or is cut off. Requests to it then block for ever, whatever timeout
 torch was given. So the watchdog's thread sends no requests while all is well, and sets a deadline before each request
@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -24,13 +26,12 @@ import torch.distributed as dist
 
 from trainer.distributed.deadline import exit_after, exit_now
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.heartbeat import Heartbeat, diagnose_lost_ranks, diagnose_lost_store, silent_ranks
+from trainer.distributed.heartbeat import MAX_OPERATIONS_SHOWN, Heartbeat, diagnose_lost_store
 from trainer.distributed.heartbeat_thread import HeartbeatThread, key_of
 from trainer.distributed.process import is_alive, pid_namespace
+from trainer.distributed.verdict import Verdict, find_cause, is_known, reach_verdict, watched_ranks
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, first_line
 
-_READ_INTERVAL_S = 2.5
-"""Pause between two readings of the heartbeats, in which a living rank's heartbeat is certain to change."""
 _LIVENESS_CHECK_S, _MAX_POLL_S = 2.0, 0.5
 """While waiting in a barrier: interval of liveness checks, and longest interval of polls."""
 _STORE_DEADLINE_S = 4.0  # deadline for the store's answer after this rank gave up
@@ -47,7 +48,8 @@ class Watchdog:
 
     The store is shared by all ranks of this attempt. With `on_gpu` collectives return at once and are waited for
     elsewhere, so a flight recorder without changes in the middle of a step counts as waiting. `store_address` is for
-    messages; `store_node_ranks` are the ranks on the store's host, if this is not one of them.
+    messages; `store_node_ranks` are the ranks on the store's host, if this is not one of them. `ranks_per_node` are
+    consecutive ones; None: all are on one node.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Watchdog:
         on_gpu: bool = False,
         store_address: str = "",
         store_node_ranks: Sequence[int] = (),
+        ranks_per_node: int | None = None,
     ) -> None:
         self.rank, self.world_size, self.recorder = rank, world_size, recorder
+        self._watched = watched_ranks(rank, world_size=world_size, ranks_per_node=ranks_per_node or world_size)
         self.timeout_s, self.on_gpu = timeout_s, on_gpu
         # Separate connections: a blocked request blocks all users of its connection.
         self._store = store.clone()  # pyrefly: ignore[missing-attribute]
@@ -87,16 +91,14 @@ class Watchdog:
         """
         self._heartbeats.start()
         self._thread.start()
-        missing, end = set(range(self.world_size)), time.monotonic() + wait_s
+        end, pause_s = time.monotonic() + wait_s, 0.02
         try:
-            while missing:
-                missing = {rank for rank in missing if not self._store.check([key_of(rank)])}
-                if missing and time.monotonic() > end:
-                    raise CommError(
-                        f"rank {self.rank}: ranks {sorted(missing)} of {self.world_size} have not started within "
-                        f"{wait_s:.0f} s; see their output, or that of their nodes"
-                    )
-                time.sleep(0.02 if missing else 0)
+            while self._heartbeats.num_started(self._store) < self.world_size:
+                if time.monotonic() > end:
+                    late = reach_verdict(self._store, lambda: self._not_started(wait_s), deadline=nullcontext)
+                    raise self._shared_error(late)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _MAX_POLL_S)
         except BaseException as error:  # ranks that start later must not wait for this one
             self.leave(error)
             raise
@@ -134,7 +136,9 @@ class Watchdog:
             now = time.monotonic()
             if now - checked_at < _LIVENESS_CHECK_S:
                 continue
-            checked_at, beats = now, self._read()
+            checked_at, beats = now, self._read(self._watched)
+            if is_known(self._store):
+                raise CommError(f"rank {self.rank}: another rank {failure}")
             for rank, beat in ((rank, beat) for rank, beat in beats.items() if is_awaited(beat)):
                 if rank not in last_change or last_change[rank][0] != beat.number:
                     last_change[rank] = (beat.number, now)
@@ -152,23 +156,31 @@ class Watchdog:
         self._state = "gave up"
         self._heartbeats.publish_now()
         silence_s = self._heartbeats.silence_s
+        deadline = partial(
+            exit_after, _STORE_DEADLINE_S, self._silence_of_store(error, _STORE_DEADLINE_S), CommError.exit_code
+        )
         if silence_s > min(_STORE_DEADLINE_S, self.timeout_s / 2):
             return self._exit_soon(CommError(self._silence_of_store(error, silence_s)))
         try:
-            before = self._read_or_exit(error)
-            time.sleep(_READ_INTERVAL_S)
-            beats = self._read_or_exit(error)
-            for rank, beat in beats.items():
-                if beat.state == "left" and beat.error is not None:
-                    shown = self._shared_error(f"rank {rank}: {beat.error}", beat.exit_code, beat.is_reported)
-                    return self._exit_soon(shown)
-            silent = silent_ranks(before, beats)
-            text = diagnose_lost_ranks(beats, silent, silence_s=_READ_INTERVAL_S, waited_s=waited_s)
-            shown = self._shared_error(f"{text}\n  noticed by {error}", CommError.exit_code, is_reported=False)
-            return self._exit_soon(shown)
+
+            def read() -> Mapping[int, Heartbeat]:
+                with deadline():
+                    return self._read(range(self.world_size))
+
+            found = reach_verdict(self._store, lambda: find_cause(read, error, waited_s=waited_s), deadline=deadline)
+            with deadline():
+                return self._exit_soon(self._shared_error(found))
         except RuntimeError as lost:  # the store is lost as well
             text = f"{error}; torchrun's store does not answer either: the node that hosts it (the first) is lost"
             return self._exit_soon(CommError(f"{text} ({first_line(lost)})"))
+
+    def _not_started(self, wait_s: float) -> Verdict:
+        missing = [rank for rank in range(self.world_size) if not self._store.check([key_of(rank)])]
+        text = (
+            f"rank {self.rank}: ranks {missing} of {self.world_size} have not started within {wait_s:.0f} s; see their "
+            "output, or that of their nodes"
+        )
+        return Verdict(text=text)
 
     def leave(self, error: BaseException | None = None) -> None:
         """Publish that this rank's run has ended, with the error if there was one."""
@@ -183,13 +195,12 @@ class Watchdog:
         self._heartbeats.stop(wait_s=_KEY_TIMEOUT_S)  # limited, since the store may be silent or lost
         self._thread.join()
 
-    def _shared_error(self, text: str, exit_code: int, is_reported: bool) -> TurnoutError:
+    def _shared_error(self, verdict: Verdict) -> TurnoutError:
         """Return the error: to be shown on the first rank that asks, silent on the others or if already reported."""
-        with exit_after(_STORE_DEADLINE_S, text, CommError.exit_code):
-            if is_reported or self._store.add("reported", 1) > 1:
-                return RemoteRankError(text, exit_code)
-        error = CommError(text)
-        error.exit_code = exit_code
+        if verdict.is_reported or self._store.add("reported", 1) > 1:
+            return RemoteRankError(verdict.text, verdict.exit_code)
+        error = CommError(verdict.text)
+        error.exit_code = verdict.exit_code
         return error
 
     def _exit_soon(self, error: TurnoutError) -> TurnoutError:
@@ -222,7 +233,7 @@ class Watchdog:
             phase=recorder.phase,
             where="" if self._state else _where(sys._current_frames().get(self._main or 0)),
             count=recorder.count,
-            operations=[str(operation) for operation in list(recorder.operations)[-8:]],
+            operations=[str(operation) for operation in list(recorder.operations)[-MAX_OPERATIONS_SHOWN:]],
             barriers=self._barriers,
             error=self._error,
             exit_code=self._exit_code,
@@ -237,13 +248,9 @@ class Watchdog:
         text = diagnose_lost_store(self._store_address, lost, silence_s=silence_s, step=step, phase=phase)
         return f"{text}\n  noticed by {error}"
 
-    def _read(self) -> dict[int, Heartbeat]:
-        texts = self._store.multi_get([key_of(rank) for rank in range(self.world_size)])
-        return {rank: Heartbeat.from_json(text) for rank, text in enumerate(texts)}
-
-    def _read_or_exit(self, error: CommError) -> dict[int, Heartbeat]:
-        with exit_after(_STORE_DEADLINE_S, self._silence_of_store(error, _STORE_DEADLINE_S), CommError.exit_code):
-            return self._read()
+    def _read(self, ranks: Sequence[int]) -> dict[int, Heartbeat]:
+        texts = self._store.multi_get([key_of(rank) for rank in ranks])
+        return {rank: Heartbeat.from_json(text) for rank, text in zip(ranks, texts, strict=True)}
 
     def _last(self) -> str:
         operations = list(self.recorder.operations)

@@ -85,7 +85,11 @@ def first_sound(
     refused: dict[str, str] = {}
     while True:
         mine = next((name for name in candidates if name not in refused), None)
-        answers = group.all_gather_objects([mine, None if mine is None else fault_of(mine)])
+        found = None if mine is None else fault_of(mine)
+        if not group.any(mine is None or found is not None):
+            assert mine is not None
+            return CanaryReport(experts_kernel=mine, refused=refused)
+        answers = group.all_gather_objects([mine, found])
         if any(name is None for name, _ in answers):
             lines = [
                 f"parallel.experts_kernel: {name} is wrong on this device: {what}" for name, what in refused.items()
@@ -94,9 +98,6 @@ def first_sound(
         wrong = [(rank, name, fault) for rank, (name, fault) in zip(group.ranks, answers, strict=True) if fault]
         for rank, name, fault in wrong:
             refused.setdefault(name, fault if group.size == 1 else f"rank {rank}: {fault}")
-        if not wrong:
-            assert mine is not None
-            return CanaryReport(experts_kernel=mine, refused=refused)
 
 
 def check_dispatcher(
@@ -110,7 +111,10 @@ def check_dispatcher(
     dispatcher = build_plugin(config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, num_experts)
     rounds = isinstance(config.dispatcher, ExchangeOptions) and config.dispatcher.wire == "bfloat16"
     dtypes = RowDtypes(compute=dtype, wire=torch.bfloat16 if rounds else dtype)
-    faults = mesh.host.all_gather_objects(dispatcher_fault(dispatcher, mesh, num_experts, dtypes, device))
+    found = dispatcher_fault(dispatcher, mesh, num_experts, dtypes, device)
+    if not mesh.host.any(found is not None):
+        return
+    faults = mesh.host.all_gather_objects(found)
     for rank, fault in zip(mesh.host.ranks, faults, strict=True):
         if fault is not None:
             where = "" if mesh.host.size == 1 else f"rank {rank}: "

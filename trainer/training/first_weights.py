@@ -4,11 +4,12 @@ So every layout and engine, and a restart after a kill, read them on the path of
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from trainer.checkpoint.coverage import is_average
 from trainer.checkpoint.find_checkpoint import CheckpointHandle, find_newest
 from trainer.checkpoint.plan import Placement, local_placements
+from trainer.checkpoint.plan_together import have_same_tensors
 from trainer.checkpoint.streamed import GlobalTensor
 from trainer.distributed.collective_errors import raise_together
 from trainer.errors import ConfigError
@@ -43,10 +44,11 @@ def save_first_weights(run: RunState, weights: FirstWeights | None) -> Checkpoin
     world = run.mesh.world
     world.recorder.enter("writing the first weights")
     tensors: dict[str, GlobalTensor] = {}
-    for held in world.all_gather_objects(local_placements(run.engine.wanted())):
-        for name, values in held.items():
-            if not is_average(name):  # these begin at the weights
-                tensors[name] = GlobalTensor.like(Placement(*values))
+    held = local_placements(run.engine.wanted())
+    everyone: list[Any] = [held] if have_same_tensors(held, world) else world.all_gather_objects(held)
+    for name, values in (item for of_rank in everyone for item in of_rank.items()):
+        if not is_average(name):  # these begin at the weights
+            tensors[name] = GlobalTensor.like(Placement(*values))
     with raise_together(world):
         if run.mesh.layout.rank == 0:
             if weights is None:

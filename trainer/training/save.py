@@ -37,7 +37,7 @@ def _save_now(run: RunState, done: int, *, prunes: bool) -> None:
             report_save(run, saved)
             return
         # Rank 0's clock decides for all.
-        if not run.mesh.world.all_gather_objects(time.monotonic() + pause_s < end)[0]:
+        if not run.mesh.world.broadcast_object(time.monotonic() + pause_s < end):
             break
         run.console.warning(f"{saved.error}; trying again in {pause_s:.0f} s")
         time.sleep(pause_s)

@@ -29,6 +29,21 @@ def test_all_to_all_orders_rows_by_sender_and_returns_their_gradient(ranks: Rank
     assert (grad0, grad1) == ([1.0, 2.0, 2.0], [1.0, 1.0, 1.0])
 
 
+def compare_values() -> list:
+    world = mesh_here().world
+    me = world.index
+    ends = torch.tensor([5, -(2**63), me, 2**63 - 1 - (me == 1), -(me == 2)])
+    everywhere = world.agrees({"a": [1, 2.5]}), world.agrees({"a": me == 1})
+    return [world.differs(ends).tolist(), everywhere, world.any(me == 1), world.any(False), world.gather_objects([me])]
+
+
+def test_ranks_see_alike_where_they_differ(ranks: Ranks) -> None:
+    *answers, gathered = zip(*ranks.run(3, compare_values), strict=True)
+    expected = [[False, False, True, True, True], (True, False), True, False]
+    assert [list(answer) for answer in answers] == [[value] * 3 for value in expected]
+    assert gathered == ([[0], [1], [2]], None, None)
+
+
 def count_exchanges() -> int:
     world = mesh_here().world
     gc.collect()

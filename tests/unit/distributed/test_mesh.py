@@ -45,6 +45,18 @@ def test_whoever_has_chosen_the_priority_of_messages_keeps_it(monkeypatch: pytes
     assert os.environ["TORCH_NCCL_HIGH_PRIORITY"] == "0"
 
 
+@pytest.mark.parametrize(("world_size", "is_lazy"), [(64, None), (65, "1")])
+def test_gloo_does_not_connect_every_two_of_many_ranks(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, is_lazy: str | None
+) -> None:
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "")  # so that it is as before after the test
+    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    layout = Layout(world_size=world_size, rank=3)
+    start_groups(layout, dist.HashStore(), torch.device("cpu"), timedelta(seconds=5))
+    assert os.environ.get("TORCH_GLOO_LAZY_INIT") == is_lazy
+
+
 def groups_of(mesh: Mesh) -> dict[str, Group]:
     values = {field.name: getattr(mesh, field.name) for field in fields(mesh)}
     return {name: value for name, value in values.items() if isinstance(value, Group)}

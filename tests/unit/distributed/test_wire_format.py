@@ -48,14 +48,11 @@ def receive_from_a_hostile_rank(path: str) -> str:
     """Rank 1 sends a pickle, as torch's all_gather_object would, where JSON is expected."""
     world = mesh_here().world
     if world.index == 1:
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
         data = torch.frombuffer(bytearray(pickle.dumps(Evil(path))), dtype=torch.uint8)
-        dist.all_gather(sizes, torch.tensor([len(data)]))
-        room = max(map(int, sizes))
-        dist.all_gather(
-            [torch.zeros(room, dtype=torch.uint8) for _ in range(2)],
-            torch.nn.functional.pad(data, (0, room - len(data))),
-        )
+        longest = torch.tensor([len(data)])
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        padded = torch.nn.functional.pad(data, (0, int(longest) - len(data)))
+        dist.all_gather([torch.empty_like(padded) for _ in range(2)], padded)
         return ""
     try:
         return str(world.all_gather_objects("hello"))

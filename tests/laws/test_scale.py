@@ -1,0 +1,126 @@
+"""What a rank exchanges grows at most as docs/scale.md says: with the logarithm of the ranks, or by some bytes a rank.
+
+The real code of every rank, in threads; messages and bytes are counted by the usual algorithms of collectives.
+"""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from tests.counted_traffic import count
+from tests.simulated_ranks import Traffic
+from trainer.distributed import verdict, watchdog
+from trainer.distributed.flight_recorder import FlightRecorder
+from trainer.distributed.heartbeat import Heartbeat
+from trainer.distributed.heartbeat_thread import key_of
+from trainer.distributed.watchdog import Watchdog
+from trainer.errors import CommError, RemoteRankError
+
+_FEW, _MANY = 16, 64
+_BYTES_A_RANK = {"log a step": 100, "first save": 120, "save": 90}
+"""What rank 0 (of a logged step: each rank) receives from every other rank."""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[int, dict[str, list[Traffic]]]:
+    return {
+        ranks: {name: traffic for name, (traffic, _) in count(ranks, is_sharded=True).items()}
+        for ranks in (_FEW, _MANY)
+    }
+
+
+def test_a_rank_sends_as_many_messages_as_trees_are_deep(counted: dict[int, dict[str, list[Traffic]]]) -> None:
+    for name, few in counted[_FEW].items():
+        many = counted[_MANY][name]
+        for rank in (1, -1):
+            assert many[rank].calls == few[rank].calls, f"{name}: calls grow with the ranks"
+            assert many[rank].messages <= 2 * math.ceil(math.log2(_MANY)) * many[rank].calls.total(), name
+        gathered = many[0].calls["gather"] * (_MANY - 1)
+        assert many[0].messages <= many[1].messages + gathered, name
+
+
+def test_what_a_rank_receives_does_not_grow_but_for_stated_bytes(counted: dict[int, dict[str, list[Traffic]]]) -> None:
+    for name, few in counted[_FEW].items():
+        many, more = counted[_MANY][name], _MANY - _FEW
+        allowed = _BYTES_A_RANK.get(name, 0) * more
+        assert many[0].received_bytes <= few[0].received_bytes + allowed, name
+        others = allowed if name == "log a step" else 0
+        # With more ranks there are copies of experts, whose groups compare them and share the writing.
+        assert many[1].received_bytes <= 2 * few[1].received_bytes + others, name
+
+
+class CountedStore:
+    """Store in memory in which all other ranks are well; counts the requests of this one, and their bytes."""
+
+    def __init__(self, world_size: int) -> None:
+        beat = Heartbeat(number=1, state="works", step=1, phase="data", where="", count=1, operations=[], barriers=0)
+        self.values = {key_of(rank): beat.to_json() for rank in range(world_size)}
+        self.counters = {"started": world_size - 1}
+        self.requests, self.num_bytes = 0, 0
+
+    def clone(self) -> "CountedStore":
+        return self
+
+    def set_timeout(self, _: Any) -> None:
+        pass
+
+    def _count(self, *texts: str) -> None:
+        self.requests += 1
+        self.num_bytes += sum(map(len, texts))
+
+    def set(self, key: str, value: str) -> None:
+        self._count(key, value)
+        self.values[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        self._count(*keys)
+        return all(key in self.values for key in keys)
+
+    def add(self, key: str, amount: int) -> int:
+        self._count(key)
+        self.counters[key] = self.counters.get(key, 0) + amount
+        return self.counters[key]
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        self._count(*keys, *(self.values[key] for key in keys))
+        return [self.values[key] for key in keys]
+
+    def get(self, key: str) -> str:
+        return self.multi_get([key])[0]
+
+
+def requests_of(
+    world_size: int, rank: int, monkeypatch: pytest.MonkeyPatch, *, is_reader: bool
+) -> tuple[int, int, int]:
+    """Return the requests of a rank at start, while it looks after others in a barrier, and at the end; at most."""
+    monkeypatch.setattr(verdict, "_READ_INTERVAL_S", 0.0)
+    monkeypatch.setattr(watchdog, "_LIVENESS_CHECK_S", 0.0)
+    monkeypatch.setattr(watchdog, "_EXIT_S", 1e6)
+    store: Any = CountedStore(world_size)
+    watch = Watchdog(
+        store, rank=rank, world_size=world_size, recorder=FlightRecorder(), timeout_s=1e6, ranks_per_node=8
+    )
+    watch.start(wait_s=100)
+    started = store.requests
+    looks = iter([False] * 3 + [True])
+    before = store.num_bytes
+    watch.wait_until(lambda _: next(looks))
+    looked = (store.num_bytes - before) // 3
+    if not is_reader:
+        store.set("verdict", json.dumps({"text": "rank 3 is lost", "exit_code": 5, "is_reported": False}))
+    before = store.num_bytes
+    error = watch.explain(CommError("rank 0: #9 failed"))
+    read = store.num_bytes - before
+    assert isinstance(error, CommError | RemoteRankError)
+    watch.leave()
+    return started, looked, read
+
+
+def test_one_rank_alone_reads_the_heartbeats_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (0, 1, -1):
+        few, many = (requests_of(n, rank % n, monkeypatch, is_reader=False) for n in (64, 512))
+        assert many[0] <= few[0] + 3 and many[1] <= few[1] + 2000 and many[2] <= few[2] + 2000, (few, many)
+    reads_64, reads_512 = (requests_of(n, 1, monkeypatch, is_reader=True)[2] for n in (64, 512))
+    assert 5 * reads_64 < reads_512 < 10 * reads_64, "the one that finds the cause reads all of them, twice"
