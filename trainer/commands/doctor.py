@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, whole
 from trainer.commands.resolve import existing_run, load_named_config, suggest_prepare
@@ -23,6 +23,9 @@ from trainer.experiment import ExperimentConfig
 from trainer.runs.recorded_run import is_run
 from trainer.terminal import print_safe
 
+if TYPE_CHECKING:
+    from trainer.doctor.step.diagnose_step import Scale
+
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
@@ -32,7 +35,8 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("config", type=as_config, metavar="CONFIG", nargs="?", help=what)
     add_overrides(sub, "parallel.device=cuda")
     sub.add_argument("--static", action="store_true", help="take no step and read no checkpoint: half a second")
-    sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink the step's model first")
+    what = "small: shrink the step's model first (auto: if it is too large for this machine)"
+    sub.add_argument("--scale", choices=["auto", "full", "small"], default="auto", help=what)
     sub.add_argument("--world-size", type=whole, metavar="N", help="ranks to train on (WORLD_SIZE, else 1)")
     sub.add_argument("--ranks-per-node", type=whole, metavar="N", help="ranks of a machine (all, if it is not given)")
     sub.add_argument("--cluster", action="store_true", help="measure ranks and links; start it by torchrun")
@@ -62,12 +66,12 @@ def doctor_command(options: argparse.Namespace) -> int:
     )
     diagnosis += Diagnosis.of(STATIC_CHECKS, ConfigOnHost(config=config, host=host))
     if not options.static:
-        diagnosis += _step(config, is_small=options.scale == "small")
+        diagnosis += _step(config, options.scale)
     _show(options, diagnosis)
     return diagnosis.exit_code
 
 
-def _step(config: ExperimentConfig, *, is_small: bool) -> Diagnosis:
+def _step(config: ExperimentConfig, scale: "Scale") -> Diagnosis:
     """Return what is found in one real step, on the ranks of the launcher."""
     check_packages(config)
     layout = Layout()  # a process alone takes the step of one rank, whatever the config's layout is
@@ -77,7 +81,7 @@ def _step(config: ExperimentConfig, *, is_small: bool) -> Diagnosis:
     from trainer.doctor.step.diagnose_step import diagnose_step
 
     with suggest_prepare(config):
-        return diagnose_step(config, layout, is_small=is_small)
+        return diagnose_step(config, layout, scale=scale)
 
 
 def _cluster(options: argparse.Namespace) -> int:

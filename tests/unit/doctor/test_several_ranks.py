@@ -14,10 +14,13 @@ from trainer.doctor.cluster import measure_cluster as measuring
 from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
 from trainer.doctor.cluster.measure_cluster import Rank, Workload, measure_cluster, pairings
 from trainer.doctor.finding import examine
+from trainer.doctor.step.diagnose_step import of_all_ranks
 from trainer.doctor.step.measure_step import measure_step
 from trainer.doctor.step.step_checks import STEP_CHECKS
+from trainer.doctor.step.text_checks import TEXT_CHECKS
 from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
+from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 
 TINY = Workload(width=64, copied=1 << 16, sizes=[1 << 10, 1 << 14], link=1 << 12, burst_s=0.0, budget_s=0.0)
 """Three rounds of next to nothing."""
@@ -68,25 +71,43 @@ def test_a_slow_rank_and_a_slow_link_are_named_and_all_is_measured(ranks: Ranks)
     assert all(of_rank[0][1]["links"] == plain["links"] for of_rank in of_ranks), "the same on every rank"
 
 
-def take_steps(config: ExperimentConfig) -> list[list[str]]:
-    """Take a step as it is, and one whose gradient norm is not summed over ranks; return what is found."""
-    answers, reduced, mesh = [], StepEngine._reduce_sums, mesh_here(ep_size=2)
+def take_steps(configs: dict[str, ExperimentConfig]) -> dict[str, tuple[list[str], int]]:
+    """Take a step of each config with its own fault; return what is found, and how many layers were asked."""
+    answers, reduced, moved = {}, StepEngine._reduce_sums, BiasBalancedRouter.update
 
     def local_norm(self: StepEngine, total: Any, choices: Any, routing: Any, square: torch.Tensor) -> Any:
         *sums, _ = reduced(self, total, choices, routing, square)
         return *sums, square
 
-    for broken in (reduced, local_norm):
-        StepEngine._reduce_sums = broken
+    def apart(self: BiasBalancedRouter, tokens_per_expert: torch.Tensor) -> None:
+        moved(self, -tokens_per_expert)
+
+    for name, config in configs.items():
+        mesh = mesh_here(ep_size=config.parallel.ep_size, cp_size=config.parallel.cp_size)
+        StepEngine._reduce_sums = local_norm if name == "local norm" else reduced
+        BiasBalancedRouter.update = apart if name == "bias apart" else moved
         evidence = measure_step(config, mesh, torch.device("cpu"), warn=lambda _: None)
-        answers.append([finding.check for finding in examine(STEP_CHECKS, evidence)])
-    StepEngine._reduce_sums = reduced
+        found = of_all_ranks(examine((*STEP_CHECKS, *TEXT_CHECKS), evidence), mesh)
+        answers[name] = sorted({finding.check for finding in found}), len(evidence.layers)
+    StepEngine._reduce_sums, BiasBalancedRouter.update = reduced, moved
     return answers
 
 
-def test_a_norm_that_differs_between_ranks_is_found(ranks: Ranks, tmp_path: Path) -> None:
-    config = config_of_text(tmp_path, "parallel.ep_size=2")
-    assert ranks.run(2, take_steps, config) == [[[], ["gradient_norm"]]] * 2
+def test_faults_are_found_on_several_ranks_and_nothing_else(ranks: Ranks, tmp_path: Path) -> None:
+    cases = {
+        "plain": (["parallel.ep_size=2"], []),
+        "copies": (["parallel.ep_size=2", "parallel.placement=round_robin", "parallel.replicas=1"], []),
+        "shards": (["parallel.ep_size=2", "parallel.data=shard"], []),
+        "one row": (["train.global_batch_size=1"], []),
+        "parts of rows": (["parallel.cp_size=2"], []),
+        "local norm": (["parallel.ep_size=2"], ["gradient_norm"]),
+        "bias apart": (["parallel.ep_size=2", "parallel.data=shard"], ["bias_direction"]),
+    }
+    configs = {name: config_of_text(tmp_path, *overrides) for name, (overrides, _) in cases.items()}
+    first, second = ranks.run(2, take_steps, configs)
+    assert first == second
+    assert {name: found for name, (found, _) in first.items()} == {name: found for name, (_, found) in cases.items()}
+    assert {name for name, (_, layers) in first.items() if layers != 2} == {"parts of rows"}
 
 
 def test_pairs_meet_once_and_disjoint() -> None:

@@ -14,9 +14,11 @@ from torch import nn
 from tests.tiny_training import config_of_text
 from trainer.config.loader import load
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.doctor.finding import DoctorFinding, examine
 from trainer.doctor.step import measure_step as measuring
 from trainer.doctor.step import probe_layers
+from trainer.doctor.step.diagnose_step import diagnose_step
 from trainer.doctor.step.measure_step import measure_step
 from trainer.doctor.step.step_checks import STEP_CHECKS
 from trainer.doctor.step.step_evidence import StepEvidence, TextEvidence
@@ -29,6 +31,7 @@ from trainer.moe.routers import top_k
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.top_k import TopKRouter
 from trainer.prove.small_config import shrink
+from trainer.training import memory
 
 ROOT = Path(__file__).parents[3]
 CHECKS = (*STEP_CHECKS, *TEXT_CHECKS)
@@ -219,6 +222,7 @@ def test_every_check_of_a_step_has_a_seeded_fault() -> None:
         [PROMPTS, "data.packing=bfd", "model.seq_len=40", "model.moe.num_experts=16", "train.global_batch_size=3"],
         ["model.moe.router={kind: switch}", "model.moe.capacity.factor=1.25", "train.dtype=bfloat16"],
         ["model.moe.router={kind: group_limited, groups: 2, groups_kept: 1, bias_update_rate: 0.001}"],
+        ["model.lora={rank: 2}"],
         ["model.moe.router={kind: top_k, null_experts: 2}", "train.freeze=[embedding]", "parallel.ep_size=2"],
     ],
     ids=lambda overrides: " ".join(overrides) or "as it is",
@@ -233,6 +237,18 @@ def test_nothing_is_found_in_a_step_of_a_shipped_config(name: str, folder: Path)
     config = load(ROOT / f"configs/{name}.yaml", [short, f"data.cache_dir={folder}/cache"], ExperimentConfig)
     evidence = measure_step(shrink(config), Mesh.of_one(), torch.device("cpu"), warn=lambda _: None)
     assert {finding.check for finding in examine(CHECKS, evidence)} <= {"many_epochs"}, "the text is short"
+
+
+def test_a_step_that_is_too_large_is_one_of_a_small_copy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of_text(folder)
+    monkeypatch.setattr(memory, "total_memory", lambda device: 1000)
+    (note,) = diagnose_step(config, Layout(), scale="full").notes
+    assert note.startswith("no step was taken: ") and "--scale small" in note
+    monkeypatch.undo()
+    monkeypatch.setattr("trainer.doctor.step.diagnose_step._MOST_FLOPS", 1e6)
+    found = diagnose_step(config, Layout(), scale="auto")
+    assert len(found.notes) == 1 and "small copy" in found.notes[0] and "FLOPs" in found.notes[0]
+    assert found.checks and not found.findings
 
 
 def test_a_leak_is_none_where_the_model_says_that_it_looks_ahead(folder: Path) -> None:

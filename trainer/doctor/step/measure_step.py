@@ -19,6 +19,7 @@ from trainer.doctor.step.step_evidence import LayerEvidence, StepEvidence, TextE
 from trainer.engine.step import Accumulated, StepEngine
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
+from trainer.models.freeze import is_frozen
 from trainer.models.parameter_roles import is_adapter, is_decayed, parameter_role
 from trainer.moe.routing import RoutingOptions
 from trainer.optim.schedule import resolve_warmup
@@ -36,7 +37,7 @@ def measure_step(
 ) -> StepEvidence:
     """Take the first step of a config, of at most one micro-batch per rank, and measure it. Collective.
 
-    Several ranks measure what concerns them all; what a layer does is measured on one rank.
+    Each of several ranks asks its layers about its own rows; what a step changes in weights is looked at on one rank.
 
     Raises:
         TurnoutError: if the text, the model or the memory does not allow it.
@@ -66,16 +67,19 @@ def measure_step(
     batches = [own_part(batch, mesh.layout) for batch in whole_rows]
     model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=warn)
     evidence = StepEvidence(
-        text=_text(config, corpus, stream, batches),
+        text=_text(config, corpus, stream, batches, mesh),
         tolerance=_TOLERANCES[config.train.dtype],
         kernel_faults=faults,
     )
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     assert isinstance(engine, StepEngine)
     with closing(engine):
-        if is_alone:
+        if config.parallel.cp_size == 1:  # or a rank has parts of rows
+            is_whole = config.parallel.data == "replicate"
             batch = row_slice(batches[0], 0, _MOST_PROBED).to(device)
-            probe = LayerProbe(model=model, batch=batch, autocast=engine.autocast, seed=config.seed)
+            probe = LayerProbe(
+                model=model, batch=batch, autocast=engine.autocast, seed=config.seed, has_gradients=is_whole
+            )
             evidence.layers = probe.layers()
             evidence.later_tokens_change = probe.later_tokens_change()
             evidence.other_rows_change = probe.other_rows_change()
@@ -83,13 +87,21 @@ def measure_step(
     return evidence
 
 
-def _text(config: ExperimentConfig, corpus: Corpus, stream: TrainStream, batches: Sequence[Batch]) -> TextEvidence:
+def _text(
+    config: ExperimentConfig, corpus: Corpus, stream: TrainStream, batches: Sequence[Batch], mesh: Mesh
+) -> TextEvidence:
+    """Return what the rows of all ranks are. Collective."""
     epochs = stream.epochs(config.train.steps * config.train.global_batch_size)
     domain = max(epochs, key=lambda name: epochs[name])
+    of_each = []
+    for batch in batches:
+        positions = int(batch.valid.any(1).sum()) * batch.valid.shape[1]  # rows that fill up a batch are no text
+        of_each.append((positions, positions - batch.num_valid, int((batch.target_mask > 0).sum())))
+    num_tokens, padding, targets = mesh.host.all_reduce_(torch.tensor(of_each).sum(0)).tolist()
     return TextEvidence(
-        num_tokens=sum(batch.tokens.numel() for batch in batches),
-        padding=sum(batch.tokens.numel() - batch.num_valid for batch in batches),
-        targets=sum(int((batch.target_mask > 0).sum()) for batch in batches),
+        num_tokens=num_tokens,
+        padding=padding,
+        targets=targets,
         seq_len=config.model.seq_len,
         packing=config.data.packing,
         epochs=epochs[domain],
@@ -112,19 +124,20 @@ def _take_step(config: ExperimentConfig, engine: StepEngine, batches: Sequence[B
     evidence.whole_norm = engine.mesh.world.broadcast_object(whole if engine.mesh.layout.rank == 0 else None)
     lr = config.schedule.build(total_steps=config.train.steps)
     rate = lr(resolve_warmup(config.schedule.warmup_steps, config.train.steps))
-    if engine.mesh.world.size > 1:
-        evidence.not_finite = engine.apply(step, lr=rate).not_finite
-        return
-    before = _Before.of(engine, gradients)
-    if step.routing is not None:
+    is_alone, biases = engine.mesh.world.size == 1, _biases(engine)
+    before = _Before.of(engine, gradients) if is_alone else None
+    if step.routing is not None and evidence.layers:
         targets = _target_counts(config, engine, batches)
         for layer, counts, learned in zip(evidence.layers, step.routing.counts.tolist(), targets, strict=True):
             layer.counts = counts
-            _experts_gradients(layer, learned, gradients.get(f"blocks.{layer.layer}.ffn.experts.w_out"))
+            if engine.mesh.layout.rank == 0:  # which has all gradients
+                _experts_gradients(layer, learned, gradients.get(f"blocks.{layer.layer}.ffn.experts.w_out"))
     result = engine.apply(step, lr=rate)
     evidence.not_finite = result.not_finite
     if not result.skipped:
-        before.compare(engine, evidence)
+        _bias_moves(evidence, biases, _biases(engine))
+        if before is not None:
+            before.compare(engine, evidence)
     evidence.decayed_vectors = _decayed_vectors(engine)
 
 
@@ -134,7 +147,7 @@ def _numbers(step: Accumulated) -> tuple[float, float]:
 
 @torch.no_grad()
 def _target_counts(config: ExperimentConfig, engine: StepEngine, batches: Sequence[Batch]) -> list[list[int]]:
-    """Return (L, E) the assignments of tokens whose targets count in the loss; zeros where the step may differ.
+    """Return (L, E) the assignments of all ranks' tokens with targets in the loss; zeros where the step may differ.
 
     In the last layer, tokens that count in no loss give an expert no gradient. A drawn k, or drops, are not repeated.
     """
@@ -146,7 +159,7 @@ def _target_counts(config: ExperimentConfig, engine: StepEngine, batches: Sequen
     with engine.autocast():
         outputs = [engine.model(batch.to(engine.device), options) for batch in batches]
     counts = [torch.stack([stats.counts.sum(0) for stats in output.moe]) for output in outputs]  # (L, E) each
-    return torch.stack(counts).sum(0).tolist()
+    return engine.mesh.world.all_reduce_(torch.stack(counts).sum(0)).tolist()
 
 
 def _experts_gradients(layer: LayerEvidence, targets: Sequence[int], gradient: Tensor | None) -> None:
@@ -169,7 +182,6 @@ class _Before:
     elements: Mapping[str, tuple[int, float, float]]
     """Index, gradient, value."""
     frozen: Mapping[str, Tensor]
-    biases: Sequence[Tensor | None]
 
     @classmethod
     def of(cls, engine: StepEngine, gradients: Mapping[str, Tensor]) -> "_Before":
@@ -179,7 +191,7 @@ class _Before:
             index = int(gradient.abs().argmax())
             elements[name] = index, float(gradient[index]), float(parameter.detach().flatten()[index])
         frozen = {name: p.detach().clone() for name, p in engine.parameters.items() if name not in engine.learning}
-        return cls(elements=elements, frozen=frozen, biases=_biases(engine))
+        return cls(elements=elements, frozen=frozen)
 
     def compare(self, engine: StepEngine, evidence: StepEvidence) -> None:
         """Note what the step has changed, and what not."""
@@ -193,13 +205,18 @@ class _Before:
         ]
         frozen = self.frozen.items()
         evidence.changed_frozen = [name for name, was in frozen if not torch.equal(was, engine.parameters[name])]
-        for layer, before, after in zip(evidence.layers, self.biases, _biases(engine), strict=True):
-            if before is not None and after is not None and len(after) == len(layer.counts):
-                layer.bias_moves = (after - before).tolist()
+
+
+def _bias_moves(evidence: StepEvidence, before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> None:
+    """Note how the step has moved selection biases (E,)."""
+    for layer, was, now in zip(evidence.layers, before, after, strict=bool(evidence.layers)):
+        if was is not None and now is not None and len(now) == len(layer.counts):
+            layer.bias_moves = (now - was).tolist()
 
 
 def _biases(engine: StepEngine) -> list[Tensor | None]:
-    found = [getattr(layer.router, "bias", None) for layer in engine.model.moe_layers()]
+    routers = [layer.router for layer in engine.model.moe_layers()]
+    found = [None if is_frozen(router) else getattr(router, "bias", None) for router in routers]
     return [bias.detach().clone() if isinstance(bias, Tensor) and not bias.requires_grad else None for bias in found]
 
 

@@ -1,4 +1,6 @@
-"""Ask the MoE layers of a model on one rank what they do with tokens, padding, biases and later tokens.
+"""Ask the MoE layers of a model what they do with a rank's tokens, padding, biases and later tokens.
+
+Every rank asks the same questions in the same order, since each of them is a forward pass, which may communicate.
 
 # B rows, S tokens in a row, T = B * S, E experts, V vocabulary.
 """
@@ -20,6 +22,7 @@ from trainer.moe.capacity import capacity_causality
 from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingOptions
 from trainer.moe.stats import MoEStats
+from trainer.parallel.shards import is_sharded
 
 _MOST_COMPARED = 1 << 16
 """Numbers of each expert that are compared."""
@@ -29,13 +32,15 @@ _EVALUATION = RoutingOptions(dropless=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProbe:
-    """A model on one rank, and rows to ask it about."""
+    """A model, and rows of this rank to ask it about. All methods are collective."""
 
     model: GPT
     batch: Batch
     autocast: Callable[[], AbstractContextManager[object]]
     """Precision of training."""
     seed: int
+    has_gradients: bool = True
+    """Weights are whole, so that a backward pass can stop at them."""
 
     def layers(self) -> list[LayerEvidence]:
         """Return what each MoE layer does."""
@@ -47,7 +52,7 @@ class LayerProbe:
             for evidence, layer in zip(found, moe, strict=True):
                 evidence.bias_selects = self._bias_selects(layer, moe.index(layer))
                 evidence.identical_pairs = _identical_pairs(layer)
-        return found
+        return found if self.batch.num_valid else [LayerEvidence(layer=one.layer) for one in found]
 
     def later_tokens_change(self) -> dict[str, float]:
         """Return the largest change of a row's first half if its second half is another, where there shall be none."""
@@ -94,7 +99,7 @@ class LayerProbe:
     def _measure_gradients(self, found: Sequence[LayerEvidence], moe: Sequence[MoE]) -> None:
         """Measure gradients of the cross-entropy alone, and the routers' logits."""
         options = RoutingOptions(noise_seed=self.seed, return_router_outputs=True)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.has_gradients):
             output = self._forward(self.batch, options)
             learning = [[p for p in layer.parameters() if p.requires_grad] for layer in moe]
             flat = [p for parameters in learning for p in parameters]
@@ -132,12 +137,10 @@ class LayerProbe:
             return None
         before = self._forward(self.batch, RoutingOptions()).moe[index].counts.sum(0)  # (E,)
         expert, kept = int(before.argmin()), bias.clone()
-        if int(before[expert]) >= self.batch.num_valid:
-            return None
         bias[expert] += _LARGE_BIAS
         after = self._forward(self.batch, RoutingOptions()).moe[index].counts.sum(0)
         bias.copy_(kept)
-        return bool(after[expert] > before[expert])
+        return None if int(before[expert]) >= self.batch.num_valid else bool(after[expert] > before[expert])
 
 
 def _learns(layer: MoE) -> bool:
@@ -159,10 +162,13 @@ def _spread(logits: Tensor) -> float:
 
 
 def _identical_pairs(layer: MoE) -> list[tuple[int, int]]:
-    """Return pairs of experts whose weights are equal, as far as they are compared."""
-    parts = [weight.detach().flatten(1)[:, :_MOST_COMPARED] for weight in (layer.experts.w_in, layer.experts.w_out)]
-    rows = torch.cat(parts, dim=1)
-    return [(a, b) for a, b in combinations(range(len(rows)), 2) if torch.equal(rows[a], rows[b])]
+    """Return pairs of this rank's experts whose weights are equal, as far as they are compared; none if sharded."""
+    weights = [weight.detach() for weight in (layer.experts.w_in, layer.experts.w_out)]
+    if any(map(is_sharded, weights)):
+        return []
+    rows = torch.cat([weight.flatten(1)[:, :_MOST_COMPARED] for weight in weights], dim=1)
+    pairs = [(a, b) for a, b in combinations(range(len(rows)), 2) if torch.equal(rows[a], rows[b])]
+    return [(layer.experts.numbers[a], layer.experts.numbers[b]) for a, b in pairs]
 
 
 def _change(before: Tensor, after: Tensor) -> float:
