@@ -49,6 +49,8 @@ def plan_command(options: argparse.Namespace) -> int:
     links = None if options.links is None else read_links(options.links)
     gpu = gpu if links is None else links.of(gpu)
     cluster = _cluster(options, gpu)
+    if links is not None and links.ranks == 1 < cluster.world_size:
+        raise ConfigError(f"--links: {options.links} was measured on one rank, without links; measure two or more")
     config = load_config_of(options.config, options.overrides)
     choices = Choices(
         ep_sizes=options.ep_size,

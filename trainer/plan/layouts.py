@@ -233,5 +233,5 @@ def estimated_seconds(config: ExperimentConfig, layout: PlannedLayout, cluster: 
         reduced = micro_batches if layout.shard_keeps == "nothing" else 1
         inside = dense / link(shards) + (local / link(shards) if shards > ep else 0)
         sums = (times * low + 4 * reduced) * inside + (8 / shards) * (dense + local) / link(cluster.world_size)
-    worked = max(computation, started)
+    worked = max(computation, started) if reached.starts_ahead else computation + started
     return worked + exchanged + sums - min(sums, worked) * reached.overlap

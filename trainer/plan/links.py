@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.nodes import shown_path
+from trainer.doctor.cluster.cluster_evidence import COLLECTIVES
 from trainer.errors import ConfigError
 from trainer.plan.gpus import Gpu
 
@@ -22,6 +23,9 @@ class Links:
     all_reduce: Sequence[tuple[float, float]]
     """(bytes, seconds), ascending."""
     all_to_all: Sequence[tuple[float, float]]
+    all_gather: Sequence[tuple[float, float]] = ()
+    """By the bytes that each rank gets; not in files of older versions."""
+    reduce_scatter: Sequence[tuple[float, float]] = ()
     flops: float
     bandwidth: float
 
@@ -48,10 +52,11 @@ def read_links(path: Path) -> Links:
     try:
         if found["schema"] != SCHEMA:
             raise ConfigError(f"{where}: has schema {found['schema']}, and this version reads {SCHEMA}{advice}")
+        needs = ("all_reduce", "all_to_all") if found["ranks"] > 1 else ()  # one rank has no links
+        curves = {name: _curve(found[name]) if name in needs or found.get(name) else () for name in COLLECTIVES}
         return Links(
             ranks=int(found["ranks"]),
-            all_reduce=_curve(found["all_reduce"]),
-            all_to_all=_curve(found["all_to_all"]),
+            **curves,
             flops=_positive(found["matmul_flops_per_s"]),
             bandwidth=_positive(found["memory_bytes_per_s"]),
         )

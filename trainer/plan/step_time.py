@@ -95,5 +95,9 @@ def _measured(key: Quantity, sent: float, links: Links) -> float:
         return seconds_at(links.all_to_all, sent * size / (size - 1))
     if key.of.startswith("allreduce"):
         return seconds_at(links.all_reduce, sent * size / (2 * (size - 1)))
+    curve = links.all_gather if key.of.startswith("allgather") else ()
+    curve = links.reduce_scatter if key.of.startswith("reduce_scatter") else curve
+    if curve:
+        return seconds_at(curve, sent * size / (size - 1))
     # Half of an all-reduce of the whole, in which a reduction and a gather follow each other.
     return seconds_at(links.all_reduce, sent * size / (size - 1)) / 2

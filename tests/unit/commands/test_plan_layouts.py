@@ -108,6 +108,13 @@ def test_wrong_requests_are_refused(arguments: str, message: str) -> None:
         plan(*arguments.split())
 
 
+def test_links_of_one_rank_are_refused_for_several(tmp_path: Path) -> None:
+    alone = {"schema": 1, "ranks": 1, "matmul_flops_per_s": 1e11, "memory_bytes_per_s": 1e10}
+    (tmp_path / "links.json").write_text(json.dumps(alone))
+    with pytest.raises(ConfigError, match="was measured on one rank, without links; measure two or more"):
+        plan("--world-size", "2", "--gpu", "cpu", "--links", str(tmp_path / "links.json"))
+
+
 def test_the_ids_of_a_tokenizer_that_is_not_read_are_asked_for() -> None:
     text = "data.tokenizer={kind: file, path: absent.json}"
     with pytest.raises(ConfigError, match=r"known once its file is read; set model.vocab_size"):

@@ -8,6 +8,7 @@ import pytest
 
 from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
 from trainer.doctor.cluster.cluster_evidence import (
+    COLLECTIVES,
     ClockOffset,
     ClusterEvidence,
     CollectiveSpeed,
@@ -43,8 +44,10 @@ def cluster(seed: int, *, ranks: int = 8, per_node: int = 4, noise: float = 0.4)
             )
             for a, b in combinations(range(ranks), 2)
         ],
-        all_reduce=[CollectiveSpeed(num_bytes=1024, rounds=rounds(0.001))],
-        all_to_all=[CollectiveSpeed(num_bytes=1024, rounds=rounds(0.002))],
+        collectives={
+            name: [CollectiveSpeed(num_bytes=1024, rounds=rounds(0.001 * number))]
+            for number, name in enumerate(COLLECTIVES, start=1)
+        },
         clocks=[ClockOffset(rank=rank, least_s=-0.001, most_s=0.001) for rank in range(1, ranks)],
         matmul_flops=1e9,
         copy_bytes=1e8,
@@ -101,7 +104,7 @@ def test_the_record_has_what_a_plan_reads_and_the_screen_the_same() -> None:
     evidence = cluster(4)
     record = evidence.record()
     assert record["schema"] == 1 and record["ranks"] == 8
-    assert record["all_reduce"] == [{"bytes": 1024, "seconds": evidence.all_reduce[0].rounds.median}]
+    assert record["all_reduce"] == [{"bytes": 1024, "seconds": evidence.collectives["all_reduce"][0].rounds.median}]
     assert {"all_to_all", "matmul_flops_per_s", "memory_bytes_per_s"} <= record.keys()
     assert len(record["by_rank"]) == 8 and len(record["links"]) == 28
     lines = list(cluster_lines(evidence))

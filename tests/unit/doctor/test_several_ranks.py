@@ -12,6 +12,7 @@ from tests.ranks import Ranks, mesh_here
 from tests.tiny_training import config_of_text
 from trainer.doctor.cluster import measure_cluster as measuring
 from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
+from trainer.doctor.cluster.cluster_evidence import COLLECTIVES
 from trainer.doctor.cluster.measure_cluster import Rank, Workload, measure_cluster, pairings
 from trainer.doctor.finding import examine
 from trainer.doctor.step.diagnose_step import of_all_ranks
@@ -63,9 +64,10 @@ def test_a_slow_rank_and_a_slow_link_are_named_and_all_is_measured(ranks: Ranks)
     assert any(text.startswith("the link between ranks 0 and 2") for text in slow_link), slow_link
     assert len(plain["ranks"]) == RANKS and all(one["matmul"]["seconds"] for one in plain["ranks"])
     assert [tuple(one["ranks"]) for one in plain["links"]] == list(combinations(range(RANKS), 2))
-    for kind in ("all_reduce", "all_to_all"):
-        assert [one["num_bytes"] for one in plain[kind]] == list(TINY.sizes)
-        assert all(len(one["rounds"]["seconds"]) == 3 for one in plain[kind])
+    assert set(plain["collectives"]) == set(COLLECTIVES)
+    for curve in plain["collectives"].values():
+        assert [one["num_bytes"] for one in curve] == list(TINY.sizes)
+        assert all(len(one["rounds"]["seconds"]) == 3 for one in curve)
     assert all(one["least_s"] <= 0 <= one["most_s"] for one in plain["clocks"]), "one clock for all of them"
     assert plain["settings"] == {}
     assert all(of_rank[0][1]["links"] == plain["links"] for of_rank in of_ranks), "the same on every rank"

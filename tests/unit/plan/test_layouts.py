@@ -72,6 +72,12 @@ def test_the_estimate_prefers_work_that_is_done_once() -> None:
     assert times == sorted(times)
 
 
+def test_the_estimate_of_a_cpu_prefers_few_operations() -> None:
+    own = cluster(2)._replace(gpu=gpu_named("cpu"))
+    times = [estimated_seconds(CONFIG, PlannedLayout(micro_batch_size=size), own, 256) for size in (32, 8, 2, 1)]
+    assert times == sorted(set(times))
+
+
 def test_an_unknown_device_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ConfigError, match="--gpu: 'H1000' is not in the table; use one of A100, H100, H200, B200"):
         gpu_named("H1000")

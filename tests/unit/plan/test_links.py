@@ -30,6 +30,10 @@ def test_times_are_between_the_measured_ones(tmp_path: Path) -> None:
     assert [seconds_at(links.all_reduce, size) for size in (10, 1000, 2500, 4000, 8000)] == pytest.approx(
         [0.01, 0.01, 0.015, 0.02, 0.04]
     )
+    assert (links.all_gather, links.reduce_scatter) == ((), ()), "not in a file of an older version"
+    more = read_links(written(tmp_path / "more.json", reduce_scatter=[{"bytes": 8, "seconds": 2}]))
+    assert more.reduce_scatter == [(8, 2)]
+    assert read_links(written(tmp_path / "one.json", ranks=1, all_reduce=[], all_to_all=[])).all_reduce == ()
     gpu = links.of(gpu_named("cpu"))
     assert gpu.flops["float32"] == 2e11 and gpu.bandwidth == 1e10 and gpu.reached.products == 1
 

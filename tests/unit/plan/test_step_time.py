@@ -76,3 +76,7 @@ def test_measured_links_are_read_by_the_tensor_of_a_rank() -> None:
     assert step_time(ring, GPU, ranks_per_node=2, links=links).weights == 6
     gathered = replace(cost(), totals=sent("allgather_base", NEAR, 8))
     assert step_time(gathered, GPU, ranks_per_node=2, links=links).weights == 3
+    more = replace(links, all_gather=[(8, 5.0)], reduce_scatter=[(8, 7.0)])
+    assert step_time(gathered, GPU, ranks_per_node=2, links=more).weights == 10  # 16 bytes are gathered
+    reduced = replace(cost(), totals=sent("reduce_scatter_base", NEAR, 4))
+    assert step_time(reduced, GPU, ranks_per_node=2, links=more).weights == 7

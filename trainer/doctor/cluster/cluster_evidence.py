@@ -8,6 +8,7 @@ from typing import Any
 from trainer.doctor.finding import Check
 
 SCHEMA = 1
+COLLECTIVES = ("all_reduce", "all_to_all", "all_gather", "reduce_scatter")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class CollectiveSpeed:
     """A collective of all ranks."""
 
     num_bytes: int
-    """Bytes of the tensor that each rank passes, its own part included."""
+    """Bytes of the tensor that each rank passes, its own part included; of a gather what it gets."""
     rounds: Rounds
     """Time of the slowest rank."""
 
@@ -94,8 +95,8 @@ class ClusterEvidence:
 
     ranks: Sequence[RankSpeed] = ()
     links: Sequence[LinkSpeed] = ()
-    all_reduce: Sequence[CollectiveSpeed] = ()
-    all_to_all: Sequence[CollectiveSpeed] = ()
+    collectives: Mapping[str, Sequence[CollectiveSpeed]] = field(default_factory=dict)
+    """By name; all of the same sizes."""
     clocks: Sequence[ClockOffset] = ()
     matmul_flops: float = 0.0
     copy_bytes: float = 0.0
@@ -124,8 +125,7 @@ class ClusterEvidence:
         return {
             "schema": SCHEMA,
             "ranks": len(self.ranks),
-            "all_reduce": [one.record() for one in self.all_reduce],
-            "all_to_all": [one.record() for one in self.all_to_all],
+            **{name: [one.record() for one in self.collectives.get(name, ())] for name in COLLECTIVES},
             "matmul_flops_per_s": self.matmul_rate,
             "memory_bytes_per_s": self.memory_rate,
             "device": self.device,

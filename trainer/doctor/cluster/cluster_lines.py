@@ -27,15 +27,19 @@ def cluster_lines(cluster: ClusterEvidence) -> Iterator[str]:
     if not cluster.links:
         return
     yield ""
-    yield from text_table(["bytes", "all-reduce", "all-to-all"], list(_collectives(cluster)))
+    yield from text_table(["bytes", *(_spoken(name) for name in cluster.collectives)], list(_collectives(cluster)))
     yield ""
     yield from text_table(["links", "number", "bytes/s", "slowest", "latency"], list(_links(cluster)))
 
 
 def _collectives(cluster: ClusterEvidence) -> Iterator[list[str]]:
-    for reduced, exchanged in zip(cluster.all_reduce, cluster.all_to_all, strict=True):
-        times = [f"{1e3 * one.rounds.median:.2f} ms" for one in (reduced, exchanged)]
-        yield [formatting.size(reduced.num_bytes), *times]
+    for of_size in zip(*cluster.collectives.values(), strict=True):
+        times = [f"{1e3 * one.rounds.median:.2f} ms" for one in of_size]
+        yield [formatting.size(of_size[0].num_bytes), *times]
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _links(cluster: ClusterEvidence) -> Iterator[list[str]]:

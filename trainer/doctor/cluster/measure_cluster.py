@@ -10,11 +10,14 @@ from functools import partial
 from itertools import combinations
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.version import turnout_version
 from trainer.doctor.cluster.cluster_evidence import (
+    COLLECTIVES,
     ClockOffset,
     ClusterEvidence,
     CollectiveSpeed,
@@ -59,7 +62,7 @@ class Workload:
 
 
 Work = tuple[str, ...]
-"""Name of what is timed: `matmul`, `copy`, `all_reduce BYTES`, `all_to_all BYTES`, `link A B`, `latency A B`."""
+"""Name of what is timed: `matmul`, `copy`, a collective as in `all_reduce BYTES`, `link A B`, `latency A B`."""
 
 
 class Rank:
@@ -71,8 +74,8 @@ class Rank:
         self._factor = torch.randn(width, width, device=device).to(dtype) / width**0.5
         self._source = torch.ones(workload.copied // 4, device=device)
         self._target = torch.empty_like(self._source)
-        self._message = torch.zeros(max(workload.sizes) // 4, device=device)
-        self.num_products, self.num_copies = 1, 1
+        self._message, self._part = (torch.zeros(max(workload.sizes) // 4, device=device) for _ in range(2))
+        self.num_products = self.num_copies = 1
 
     def multiply(self) -> None:
         """Multiply two matrices, several times."""
@@ -93,6 +96,15 @@ class Rank:
         count = max(1, num_bytes // 4 // self.world.size)
         self._exchange([count] * self.world.size)
 
+    def all_gather(self, num_bytes: int) -> None:
+        """Gather a tensor of so many bytes, of which each rank has an equal part, as FSDP does."""
+        self.world.handle._allgather_base(*self._whole_and_part(num_bytes)).wait()
+
+    def reduce_scatter(self, num_bytes: int) -> None:
+        """Sum tensors of so many bytes; each rank keeps an equal part."""
+        whole, part = self._whole_and_part(num_bytes)
+        self.world.handle._reduce_scatter_base(part, whole, dist.ReduceScatterOptions()).wait()
+
     def exchange(self, partner: int | None, num_bytes: int) -> None:
         """Send a partner so many bytes and get as many; None: take part without sending."""
         counts = [num_bytes // 4 if other == partner else 0 for other in range(self.world.size)]
@@ -102,6 +114,10 @@ class Rank:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _whole_and_part(self, num_bytes: int) -> tuple[Tensor, Tensor]:
+        count = max(1, num_bytes // 4 // self.world.size)
+        return self._message[: count * self.world.size], self._part[:count]
 
     @torch.no_grad()
     def _exchange(self, counts: Sequence[int]) -> None:
@@ -141,8 +157,7 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
             )
             for pair in pairs
         ],
-        all_reduce=_collectives("all_reduce", times),
-        all_to_all=_collectives("all_to_all", times),
+        collectives={kind: _collectives(kind, times) for kind in COLLECTIVES},
         clocks=_clock_offsets(mesh.host),
         matmul_flops=2.0 * workload.width**3 * rank.num_products,
         copy_bytes=2.0 * workload.copied * rank.num_copies,
@@ -177,8 +192,8 @@ def _work(rank: Rank, size: int, per_node: int) -> Iterator[tuple[list[Work], Ca
     if size == 1:
         return
     for num_bytes in rank.workload.sizes:
-        yield [("all_reduce", str(num_bytes))], partial(rank.all_reduce, num_bytes)
-        yield [("all_to_all", str(num_bytes))], partial(rank.all_to_all, num_bytes)
+        for kind in COLLECTIVES:
+            yield [(kind, str(num_bytes))], partial(getattr(rank, kind), num_bytes)
     for pairs in pairings(size, per_node):
         partner = next((b if a == me else a for a, b in pairs if me in (a, b)), None)
         for kind, num_bytes in (("link", rank.workload.link), ("latency", 4)):
