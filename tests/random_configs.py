@@ -99,6 +99,7 @@ def draw(number: int, folder: Path) -> Trial:
             config = _with_watch(random.Random(f"watch {number}"), config)
             case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
             case = _placed(random.Random(f"placement {number}"), case)
+            case = _sharing_rows(random.Random(f"rows {number}"), config, case)
             case = _copied(random.Random(f"copies {number}"), config, case)
             apply_case(config, case)
         except (ConfigError, ValidationError):  # as where the router of an adapted model has no weights
@@ -123,6 +124,17 @@ def _placed(drawn: random.Random, case: Case) -> Case:
     kinds: tuple[Literal["contiguous", "round_robin"], ...] = ("contiguous", "round_robin")
     first, then = drawn.choice(kinds), drawn.choice(kinds)
     return replace(case, placement=first, moves_to=then if then != first else None)
+
+
+def _sharing_rows(drawn: random.Random, config: ExperimentConfig, case: Case) -> Case:
+    """Draw whether ranks share rows, and how."""
+    sizes = [n for n in (2, 4) if case.world_size % n == 0 and config.model.seq_len % (2 * n) == 0]
+    if not sizes or drawn.random() < 0.5:
+        return case
+    size = drawn.choice(sizes)
+    kinds: tuple[Literal["ulysses", "ring"], ...] = ("ulysses", "ring") if size <= config.model.num_heads else ("ring",)
+    rows = -(-config.train.global_batch_size * size // case.world_size)
+    return replace(case, cp_size=size, cp=drawn.choice(kinds), micro_batch_size=drawn.randint(1, rows))
 
 
 def _copied(drawn: random.Random, config: ExperimentConfig, case: Case) -> Case:

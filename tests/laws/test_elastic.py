@@ -19,6 +19,7 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.find_checkpoint import find_newest
 from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.saver import Saver
+from trainer.data.batches.row_parts import own_part
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
 from trainer.engine.native import NativeEngine
@@ -46,9 +47,13 @@ class Where:
     data: str = "replicate"
     shard_size: int | None = None
     placement: str = "contiguous"
+    cp_size: int = 1
+    cp: str = "ulysses"
 
     def __str__(self) -> str:
-        return f"{self.world_size} ranks, ep {self.ep_size}, {self.data} {self.shard_size or ''}, {self.placement}"
+        rows = f", {self.cp} of {self.cp_size}" if self.cp_size > 1 else ""
+        shard = f"{self.data} {self.shard_size or ''}"
+        return f"{self.world_size} ranks, ep {self.ep_size}, {shard}, {self.placement}{rows}"
 
 
 ONE = Where(1, 1)
@@ -69,12 +74,16 @@ MOVED = [
     (Where(4, 2, "shard", placement="round_robin"), Where(4, 1, "shard", 2)),
     (EP[1], Where(4, 2, "shard", 2, "round_robin")),
 ]
+SHARED_ROWS = [
+    (Where(4, 4, cp_size=2), EP[3]),
+    (Where(2, 1, "shard"), Where(4, 2, "shard", cp_size=4, cp="ring")),
+]
 
 
 def _engine(where: Where, dtype: torch.dtype) -> NativeEngine:
-    sizes: dict[str, Any] = {"ep_size": where.ep_size, "shard_size": where.shard_size}
+    sizes: dict[str, Any] = {"ep_size": where.ep_size, "shard_size": where.shard_size, "cp_size": where.cp_size}
     mesh = mesh_here(**sizes) if where.world_size > 1 else Mesh.of_one()
-    section = ParallelConfig(data=where.data, placement=where.placement, **sizes)  # type: ignore[arg-type]
+    section = ParallelConfig(data=where.data, placement=where.placement, cp=where.cp, **sizes)  # type: ignore[arg-type]
     return make_engine(tiny_model_config(MOE), dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
 
 
@@ -82,7 +91,7 @@ def _train(engine: NativeEngine, first: int, last: int) -> list[float]:
     layout, losses = engine.mesh.layout, []
     for step in range(first, last):
         batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
-        mine = rows_of(batch, *even_slice(ROWS, layout.world_size, layout.rank))
+        mine = own_part(rows_of(batch, *even_slice(ROWS, layout.data_size, layout.data_rank)), layout)
         losses.append(engine.train_step([mine], lr=1e-2 / (1 + step)).loss)
     return losses
 
@@ -147,7 +156,9 @@ def stay(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Stay:
     return run
 
 
-@pytest.mark.parametrize(("before", "after"), RESIZES + UNEVEN + SHARDED + MOVED, ids=lambda where: str(where))
+@pytest.mark.parametrize(
+    ("before", "after"), RESIZES + UNEVEN + SHARDED + MOVED + SHARED_ROWS, ids=lambda where: str(where)
+)
 def test_a_run_goes_on_under_another_layout(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
     for dtype, steps, tolerance in ((torch.float32, 5, 1e-5), (torch.float64, 50, 1e-9)):
         run = stay(before, dtype, steps)

@@ -7,18 +7,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.builders import make_engine, tiny_model_config
+from tests.builders import make_engine, make_packed_batch, rows_of, tiny_model_config
 from tests.ranks import Ranks
+from trainer.data.batches.row_parts import own_part
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import build_mesh
-from trainer.distributed.rank_layout import Layout
+from trainer.distributed.rank_layout import Layout, even_slice
+from trainer.engine.base import EvalSums
 from trainer.evaluation.context import EvalContext
+from trainer.evaluation.routing_gap import RoutingGap, routing_gap
 from trainer.evaluation.scoring import Question, score
 from trainer.evaluation.tasks.batch_generation import generate_batched
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "2 ranks share rows": (2, 2, {"cp_size": 2}),
     "2 ranks, ep 2": (2, 2, {}),
     "3 ranks, ep 3, uneven experts": (3, 3, {}),
     "4 ranks, ep 2, cut": (4, 2, {"data": "shard"}),
@@ -53,8 +57,40 @@ def score_and_generate(layout: Layout, parallel: dict[str, Any], num_questions: 
 
 def on_a_rank(ep_size: int, parallel: dict[str, Any], num_questions: int) -> dict[str, Any]:
     """Run `score_and_generate` on one of several ranks."""
-    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size)
+    sizes = {"ep_size": ep_size, "cp_size": parallel.get("cp_size", 1)}
+    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), **sizes)
     return score_and_generate(layout, parallel, num_questions)
+
+
+def evaluate_rows(layout: Layout, parallel: dict[str, Any]) -> tuple[list[EvalSums], RoutingGap | None]:
+    """Return sums over four rows, dropless and with the capacity of training, and the gap of the routing of two."""
+    mesh, moe = build_mesh(layout, FlightRecorder()), {"num_experts": 4, "capacity": {"factor": 1.0, "min": 1}}
+    config, section = tiny_model_config(moe, seq_len=16, document_mask=True), ParallelConfig.model_validate(parallel)
+    engine = make_engine(config, dtype=torch.float64, mesh=mesh, parallel=section)
+    rows = make_packed_batch(4, 16, seed=3)
+    here = own_part(rows_of(rows, *even_slice(4, layout.data_size, layout.data_rank)), layout)
+    sums = [engine.eval_loss(here, dropless=dropless) for dropless in (True, False)]
+    assert config.moe is not None
+    return sums, routing_gap(engine, [rows_of(rows, 0, 2)], config.moe, seed=1, world=mesh.world)
+
+
+def evaluate_on_a_rank(parallel: dict[str, Any]) -> tuple[list[EvalSums], RoutingGap | None]:
+    """Run `evaluate_rows` on one of several ranks."""
+    sizes = {"ep_size": parallel.get("ep_size", 1), "cp_size": parallel["cp_size"]}
+    return evaluate_rows(Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), **sizes), parallel)
+
+
+@pytest.mark.parametrize("parallel", [{"cp_size": 2, "ep_size": 4}, {"cp_size": 4, "cp": "ring"}], ids=str)
+def test_ranks_that_share_rows_evaluate_the_same(ranks: Ranks, parallel: dict[str, Any]) -> None:
+    alone, gap = evaluate_rows(Layout(), {})
+    for found, its_gap in ranks.run(4, evaluate_on_a_rank, parallel):
+        for one, other in zip(found, alone, strict=True):
+            assert one.target_tokens == other.target_tokens and abs(one.loss_sum - other.loss_sum) < 1e-9
+            assert one.routing is not None and other.routing is not None
+            assert torch.equal(one.routing.counts, other.routing.counts)
+            assert torch.equal(one.routing.dropped, other.routing.dropped)
+        assert found[1].routing.dropped.sum() > 0 and its_gap is not None and gap is not None
+        assert its_gap.record() == pytest.approx(gap.record(), abs=1e-9)
 
 
 @pytest.mark.parametrize("num_questions", [1, 13])

@@ -94,8 +94,8 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
     found = cases if "native" in engines else []
     if "deepspeed" in engines:
         # Dispatchers and engines are independent: one dispatcher is enough.
-        usual = ("all_to_all", 1, None, "replicate")
-        plain = [case for case in cases if (case.dispatcher, case.chunks, case.row_budget, case.data) == usual]
+        usual = ("all_to_all", 1, None, "replicate", "ulysses")
+        plain = [case for case in cases if (case.dispatcher, case.chunks, case.row_budget, case.data, case.cp) == usual]
         plain.insert(0, reference(config))
         found = found + [replace(case, zero_stage=stage) for stage in stages for case in plain]
     return found
@@ -143,9 +143,31 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
                 cases.append(Case(**degrees, row_budget=budget, micro_batch_size=share))
             if ep_size == 4:
                 cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
+    cases += _shared_rows(config)
     if config.train.routing_replay is not None or config.metrics.routing_record is not None:
         cases += [replace(case, replays=True) for case in cases if case.data == "replicate" and case.chunks == 1]
     return cases
+
+
+def _shared_rows(config: ExperimentConfig) -> list[Case]:
+    """Return layouts in which ranks share rows: of two and of four, experts over more, fewer or as many ranks."""
+    model, rows = config.model, config.train.global_batch_size
+    most = 1 if model.moe is None else model.moe.num_experts
+    if config.parallel.compile or config.metrics.routing_record is not None:
+        return []
+    degrees: list[dict[str, Any]] = [
+        {"world_size": 2, "cp_size": 2},
+        {"world_size": 4, "cp_size": 2, "ep_size": 4, "recompute": "block"},
+        {"world_size": 4, "cp_size": 2, "ep_size": 2, "data": "shard"},
+        {"world_size": 4, "cp_size": 4, "ep_size": 2},
+    ]
+    return [
+        Case(**of_ranks, cp=kind, micro_batch_size=-(-rows * of_ranks["cp_size"] // of_ranks["world_size"]))
+        for of_ranks in degrees
+        for kind in ("ulysses", "ring")
+        if of_ranks.get("ep_size", 1) <= most and model.seq_len % (2 * of_ranks["cp_size"]) == 0
+        if kind == "ring" or of_ranks["cp_size"] <= model.num_heads
+    ]
 
 
 def _shardings(degrees: dict[str, int]) -> list[dict[str, Any]]:

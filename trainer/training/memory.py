@@ -63,9 +63,9 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     num_rows = min(config.parallel.micro_batch_size, rows_per_rank)
     chunk = config.parallel.loss_chunk
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
-    activations = size // 2 * values  # may be bfloat16
+    activations = size // 2 * values // layout.cp_size  # may be bfloat16
     replicas = size // 2 * weights.expert * (config.parallel.replicas if layout.ep_size > 1 else 0)
-    batch = _BATCH_BYTES * rows_per_rank * model.seq_len if device.type == "cpu" else 0
+    batch = _BATCH_BYTES * rows_per_rank * model.seq_len // layout.cp_size if device.type == "cpu" else 0
     local_ranks = layout.ranks_per_node if device.type == "cpu" else 1
     needed, available = local_ranks * (state + activations + replicas + batch), total_memory(device)
     if needed <= available:
