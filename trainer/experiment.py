@@ -246,9 +246,6 @@ class ExperimentConfig(Config):
             yield Problem("parallel.cp_size", f"{given}; use at most {heads}")
         if self.parallel.compile:
             yield Problem("parallel.compile", f"true does not go with cp_size {size} yet; use false, or cp_size: 1")
-        if self.metrics.routing_record is not None:
-            problem = f"rows are not whole with parallel.cp_size {size}; use null, or cp_size: 1"
-            yield Problem("metrics.routing_record", problem)
 
     def _deepspeed_problems(self) -> Iterator[Problem]:
         """Check DeepSpeed's options against the sections that they repeat."""

@@ -1100,14 +1100,12 @@ CASES = [
          NAMED + "parallel: {shard_size: 2}\n",
          ["x.yaml:2:12: parallel.shard_size: 2, but parallel.data is replicate; use shard, or leave it out"]),
     Case("rows that cannot be shared",
-         NAMED + "model: {seq_len: 36, num_heads: 4, d_model: 64}\nparallel: {cp_size: 8, compile: true}\n"
-         "metrics: {routing_record: {}}\n",
+         NAMED + "model: {seq_len: 36, num_heads: 4, d_model: 64}\nparallel: {cp_size: 8, compile: true}\n",
          ["x.yaml:3:12: parallel.cp_size: 8 ranks share rows in chunks, two of each rank, and model.seq_len 36 is no "
           "multiple of 16; use another size, or model.seq_len: 48",
           "x.yaml:3:12: parallel.cp_size: ulysses gives each of 8 ranks a head, and model.num_heads is 4; use at "
           "most 4",
-          "x.yaml:3:24: parallel.compile: true does not go with cp_size 8 yet; use false, or cp_size: 1",
-          "x.yaml:4:11: metrics.routing_record: rows are not whole with parallel.cp_size 8; use null, or cp_size: 1"]),
+          "x.yaml:3:24: parallel.compile: true does not go with cp_size 8 yet; use false, or cp_size: 1"]),
     Case("shard_keeps without shard",
          NAMED + "parallel: {shard_keeps: nothing}\n",
          ["x.yaml:2:12: parallel.shard_keeps: nothing, but parallel.data is replicate; use shard, or leave it out"]),

@@ -3,14 +3,22 @@
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from tests.builders import latent_attention
+from tests.builders import latent_attention, make_packed_batch
+from tests.ranks import mesh_here
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.row_parts import own_part
 from trainer.experiment import ExperimentConfig
+from trainer.parallel.shared_rows import SharedRows
 from trainer.prove.cases import Case, reference
 from trainer.prove.compare import compare
 from trainer.prove.evidence import Evidence
@@ -149,3 +157,17 @@ def test_deepspeed_shares_rows_too(folder: Path, local_ranks: LocalRanks) -> Non
     whole = collect_of(config, reference(config), None)
     found = compare(collect_of(config, case, local_ranks), whole, tolerance=1e-3, floor=FLOORS["float32"])
     assert found.is_equal, f"{found.first_different}: {found.cause}"
+
+
+def whole_again(batch: Batch) -> dict[str, Tensor]:
+    """Return what a rank puts together of the rows that it has a part of, as its routing record does."""
+    mesh = mesh_here(cp_size=dist.get_world_size())
+    return SharedRows(mesh.cp).whole_batch(own_part(batch, mesh.layout)).tensors()
+
+
+def test_a_record_has_whole_rows(local_ranks: LocalRanks) -> None:
+    batch = make_packed_batch(3, 8)
+    batch = replace(batch, experts=torch.arange(3 * 8 * 4).view(3, 8, 2, 2).to(torch.int32))
+    for found in local_ranks.run(2, whole_again, batch, timeout_s=TIMEOUT_S):
+        assert found.keys() == batch.tensors().keys()
+        assert all(torch.equal(found[name], whole) for name, whole in batch.tensors().items())

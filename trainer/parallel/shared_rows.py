@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from trainer.data.batches.batch import Batch
 from trainer.distributed.collectives import Group
 from trainer.ops.zigzag import in_row_order, part_of
 
@@ -19,6 +20,11 @@ class SharedRows:
         is_bool = x.dtype is torch.bool
         parts = self._group.all_gather(x.to(torch.uint8) if is_bool else x.contiguous())
         return in_row_order(parts.bool().unbind() if is_bool else parts.unbind())
+
+    def whole_batch(self, batch: Batch) -> Batch:
+        """Return a batch of whole rows from this rank's part of them. Collective."""
+        parts = {name: part for name, part in batch.tensors().items() if name != "row_document_id"}
+        return Batch(**{name: self.whole(part.to(self._group.device)) for name, part in parts.items()})
 
     def own(self, whole: Tensor) -> Tensor:
         """Return this rank's (B, S, ...) of whole rows."""

@@ -153,8 +153,6 @@ def _shared_rows(config: ExperimentConfig) -> list[Case]:
     """Return layouts in which ranks share rows: of two and of four, experts over more, fewer or as many ranks."""
     model, rows = config.model, config.train.global_batch_size
     most = 1 if model.moe is None else model.moe.num_experts
-    if config.parallel.compile or config.metrics.routing_record is not None:
-        return []
     degrees: list[dict[str, Any]] = [
         {"world_size": 2, "cp_size": 2},
         {"world_size": 4, "cp_size": 2, "ep_size": 4, "recompute": "block"},

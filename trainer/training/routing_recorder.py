@@ -17,6 +17,7 @@ from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
 from trainer.models.generation import ReadTokens
+from trainer.parallel.shared_rows import SharedRows
 from trainer.routing_record.record_batches import record_rows
 from trainer.routing_record.record_manifest import ModelFacts, Origin, RecordFacts, TrainedRows
 from trainer.routing_record.record_reader import RoutingRecord
@@ -36,6 +37,7 @@ class RoutingRecorder:
 
     def __init__(self, folder: Path, run: RunFolder, facts: RecordFacts, mesh: Mesh, *, every: int) -> None:
         self._folder, self._run, self._facts, self._mesh, self._every = folder, run, facts, mesh, every
+        self._shared = SharedRows(mesh.cp)
         rank = mesh.layout.rank
         self._writer = RecordWriter(folder, facts.model, vocab_size=facts.vocab_size, rank=rank)
 
@@ -69,9 +71,13 @@ class RoutingRecorder:
     def add(self, done: int, batches: Sequence[Batch], experts: Sequence[Tensor]) -> None:
         """Record a step's micro-batches and their experts (B, S, L, k). Collective; waits for the device."""
         self._writer.step = done
+        if self._mesh.cp.size > 1:  # the first of the ranks that share rows records them
+            experts = [self._shared.whole(chosen) for chosen in experts]
+            batches = [self._shared.whole_batch(batch) for batch in batches]
         with raise_together(self._mesh.world):
             for batch, chosen in zip(batches, experts, strict=True):
-                record_rows(self._writer, batch, chosen)
+                if self._mesh.cp.index == 0:
+                    record_rows(self._writer, batch, chosen)
 
     def flush(self) -> None:
         """Write what is recorded so far. Collective."""
