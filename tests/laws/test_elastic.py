@@ -30,6 +30,9 @@ from trainer.prove.gather import gather_state
 pytestmark = pytest.mark.slow
 
 ROWS, SEQ_LEN, EXPERTS, BEFORE = 12, 8, 8, 4
+SHORT, LONG = 3, 50
+"""Steps after the change. What is lost in it shows in the first ones, at these tolerances; differences that add up do
+so in one layout as in another."""
 MOE = {
     "num_experts": EXPERTS,
     "num_shared_experts": 1,
@@ -160,7 +163,8 @@ def stay(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Stay:
     ("before", "after"), RESIZES + UNEVEN + SHARDED + MOVED + SHARED_ROWS, ids=lambda where: str(where)
 )
 def test_a_run_goes_on_under_another_layout(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
-    for dtype, steps, tolerance in ((torch.float32, 5, 1e-5), (torch.float64, 50, 1e-9)):
+    many = LONG if (before, after) == RESIZES[-2] else SHORT
+    for dtype, steps, tolerance in ((torch.float32, SHORT, 1e-5), (torch.float64, many, 1e-9)):
         run = stay(before, dtype, steps)
         found, losses = _on(ranks, after, _go_on, dtype, run.folder, steps)
         assert found == run.left, "every rank has its own part of it, bit for bit"
