@@ -1,6 +1,7 @@
 """Fixtures and settings of all tests. One thread: test tensors are tiny, and tests share the cores."""
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, and each imports torch
 settings.register_profile("turnout", deadline=None)  # times mean nothing on shared cores
 settings.load_profile("turnout")
 
