@@ -10,7 +10,7 @@ from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, 
 from tests.registries import ROUTERS, router_sections
 from trainer.data.batches.batch import Batch
 
-STEPS, ROWS, SEQ_LEN = 20, 16, 8
+STEPS, ROWS, SEQ_LEN = 8, 16, 8  # of padding and repeats there are four kinds of steps
 
 INVARIANT: dict[str, dict[str, Any]] = {
     "global_batch exact": {"balance": {"coef": 0.1}},
