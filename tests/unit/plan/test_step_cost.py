@@ -15,7 +15,10 @@ SHAPE = [
 TWO = Ranks(world_size=2, per_node=2, device="cpu")
 CASES = {
     "alike": ["parallel.data=shard", "parallel.ep_size=2"],
-    "every second": ["model.moe.every=2", "parallel.recompute={every: 2}", "parallel.data=shard", "model.num_layers=8"],
+    "every second, counts of the step before": [
+        *("model.moe.every=2", "parallel.recompute={every: 2}", "parallel.data=shard", "model.num_layers=8"),
+        *("model.moe.balance.counts=previous_step", "train.global_batch_size=6"),  # all of its micro-batches are taken
+    ],
 }
 
 
