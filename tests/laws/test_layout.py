@@ -91,7 +91,7 @@ def _losses(
     for step in range(STEPS):
         batch = batch_of(step)
         pieces = [rows_of(batch, i * rows, (i + 1) * rows) for i in range(num_pieces)]
-        result = engine.train_step(pieces, lr=3e-3)
+        result = engine.train_step(pieces, lr=8e-3)
         curve.append([result.loss, result.balance_loss or 0.0, result.z_loss or 0.0, result.grad_norm])
         curve[-1].append(sum(result.extra_losses.values()))
     return torch.tensor(curve, dtype=torch.float64)
