@@ -38,6 +38,7 @@ CONTEXT.set_forkserver_preload(
         *("trainer.checkpoint.tools.export_dcp", "tests.imported_once", "pytest"),
         *("torch.distributed.launcher.api", "trainer.distributed.liveness_pipe"),  # of torchrun
         *("scipy.optimize", "scipy.sparse"),  # half of the time of a run that measures routing_gap
+        *("torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"),  # 2 s of a rank of DeepSpeed, or compiled
     ]
 )
 _SERVER: Any = getattr(forkserver, "_forkserver")  # noqa: B009 - it has no public name
