@@ -12,10 +12,11 @@ from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.config import EMAConfig
 from trainer.engine.native import NativeEngine
+from trainer.engine.numerics import NumericsConfig
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
-from trainer.engine.step import NumericsConfig, StepEngine
+from trainer.engine.step import StepEngine
 from trainer.models.config import ModelConfig
-from trainer.models.freeze import freeze_parameters, frozen_names
+from trainer.models.freeze import check_rate_factors, freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
 from trainer.moe.config import MoEConfig
@@ -165,8 +166,9 @@ def make_engine_of(
         whole = GPT(config, vocab_size, experts_kernel=kernel).to(
             torch.float64 if dtype is torch.float64 else torch.float32
         )
+    freeze_parameters(whole, frozen_names(whole, freeze))
+    check_rate_factors(whole, lr_scale or {})
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
-    freeze_parameters(model, frozen_names(model, freeze))
     numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip, lr_scale=lr_scale or {}, ema=ema)
     engine = section.build(model, AdamWConfig(**optim), numerics, mesh, folder=folder)
     assert isinstance(engine, StepEngine)

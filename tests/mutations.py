@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.distributed.collectives import Group
-from trainer.engine import step
+from trainer.engine import step_sums
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.native import NativeEngine
 from trainer.models import initialize
@@ -59,7 +59,7 @@ def norm_of_one_rank() -> None:
 
 def balance_loss_divided_by_dp() -> None:
     """Average over ranks instead of summing (Megatron #3672)."""
-    whole = step.objective
+    whole = step_sums.objective
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         share = whole(*args, **kwargs)
@@ -69,7 +69,7 @@ def balance_loss_divided_by_dp() -> None:
         kwargs["losses"] = replace(losses, balance=halved)
         return replace(whole(args[0], stats, **kwargs), balance_loss=share.balance_loss / 2)
 
-    step.objective = wrong
+    step_sums.objective = wrong
 
 
 def counts_after_drop() -> None:
@@ -189,12 +189,12 @@ def deepspeed_forgets_micro_batches() -> None:
     """Treat every micro-batch as the last one of the step."""
     from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
-    whole = DeepSpeedEngine._backward
+    whole = DeepSpeedEngine.begin_backward
 
-    def wrong(self: DeepSpeedEngine, objective: torch.Tensor, *, is_last: bool) -> None:
-        whole(self, objective, is_last=True)
+    def wrong(self: DeepSpeedEngine, *, is_last: bool) -> None:
+        whole(self, is_last=True)
 
-    DeepSpeedEngine._backward = wrong  # type: ignore[method-assign]
+    DeepSpeedEngine.begin_backward = wrong  # type: ignore[method-assign]
 
 
 IN_DEEPSPEED: dict[Callable[[], None], str] = {

@@ -42,6 +42,7 @@ from tests.planted import (
     model,
     noise,
     pages,
+    pipelines,
     places,
     plans,
     predictions,
@@ -82,6 +83,7 @@ _TOPICS = (
     stages,
     sweeps,
     pages,
+    pipelines,
     diagnoses,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]

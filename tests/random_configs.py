@@ -27,7 +27,7 @@ from trainer.data.config import FoldConfig
 from trainer.engine.config import EMAConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.models.freeze import freeze_parameters, frozen_names, rate_factors
+from trainer.models.freeze import check_rate_factors, freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
 from trainer.prove.cases import Case, apply_case, labels, reference
 from trainer.prove.compare import Comparison, compare
@@ -174,7 +174,7 @@ def _with_rates(drawn: random.Random, config: ExperimentConfig) -> ExperimentCon
             model = GPT(config.model, 256)
     try:
         freeze_parameters(model, frozen_names(model, freeze))
-        rate_factors(model, lr_scale)
+        check_rate_factors(model, lr_scale)
     except ConfigError:  # a router without weights, or factors of frozen weights only
         return config
     train = config.train.model_copy(update={"freeze": freeze, "lr_scale": lr_scale})

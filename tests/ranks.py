@@ -52,6 +52,7 @@ def mesh_here(
     shard_size: int | None = None,
     cp_size: int = 1,
     recorder: FlightRecorder | None = None,
+    **pipeline: Any,
 ) -> Mesh:
     """Return the mesh of the calling rank, inside a function that `Ranks` runs."""
     layout = Layout(
@@ -61,5 +62,6 @@ def mesh_here(
         ranks_per_node=ranks_per_node,
         shard_size=shard_size,
         cp_size=cp_size,
+        **pipeline,
     )
     return build_mesh(layout, recorder or FlightRecorder())

@@ -15,6 +15,7 @@ from trainer.engine.config import TrainConfig
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import RunOptions
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
+from trainer.errors import ConfigError
 from trainer.evaluation.config import EvalConfig
 from trainer.evaluation.metric_names import unknown_metric
 from trainer.families.config import ExportConfig
@@ -24,6 +25,7 @@ from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOpti
 from trainer.ops.lora_kernels import LORA_KERNELS
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
+from trainer.parallel.pipeline_stages import pipeline_stages
 from trainer.routing_record.replay_rules import record_problem, replay_problems
 
 _KERNEL_DTYPES = {
@@ -102,6 +104,7 @@ class ExperimentConfig(Config):
         yield from self._dispatcher_problems()
         yield from self._shard_problems()
         yield from self._context_problems()
+        yield from self._pipeline_problems()
         yield from self._deepspeed_problems()
         recompute, layers = self.parallel.recompute, self.model.num_layers
         if isinstance(recompute, RecomputeEveryConfig) and recompute.every > layers:
@@ -246,6 +249,25 @@ class ExperimentConfig(Config):
             yield Problem("parallel.cp_size", f"{given}; use at most {heads}")
         if self.parallel.compile:
             yield Problem("parallel.compile", f"true does not go with cp_size {size} yet; use false, or cp_size: 1")
+
+    def _pipeline_problems(self) -> Iterator[Problem]:
+        """Check that the layers fill the stages, and what does not know stages."""
+        parallel = self.parallel
+        if parallel.pp_size == 1:
+            return
+        try:
+            pipeline_stages(self.model, self.model.vocab_size or 1, parallel.degrees)
+        except ConfigError as error:
+            yield Problem(*str(error).split(": ", 1))
+        without_stages = {
+            "engine.kind": isinstance(self.engine, DeepSpeedEngineConfig),
+            "eval.tasks": bool(self.eval.tasks),
+            "metrics.routing_record": self.metrics.routing_record is not None,
+            "metrics.routing_gap_every": self.metrics.routing_gap_every is not None,
+            "train.routing_replay": self.train.routing_replay is not None,
+        }
+        for key in (key for key, is_on in without_stages.items() if is_on):
+            yield Problem(key, f"it does not go with parallel.pp_size {parallel.pp_size}; leave it out, or pp_size: 1")
 
     def _deepspeed_problems(self) -> Iterator[Problem]:
         """Check DeepSpeed's options against the sections that they repeat."""

@@ -20,8 +20,9 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
 from trainer.engine.base import StepResult
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
+from trainer.engine.numerics import NumericsConfig
 from trainer.engine.registry import NativeEngineConfig
-from trainer.engine.step import NumericsConfig, StepEngine
+from trainer.engine.step import StepEngine
 from trainer.optim.registry import AdamWConfig
 from trainer.prove.gather import gather_state
 

@@ -52,11 +52,13 @@ class Where:
     placement: str = "contiguous"
     cp_size: int = 1
     cp: str = "ulysses"
+    pp_size: int = 1
 
     def __str__(self) -> str:
-        rows = f", {self.cp} of {self.cp_size}" if self.cp_size > 1 else ""
+        rows = f", cp {self.cp_size} {self.cp}" if self.cp_size > 1 else ""
+        stages = f", pp {self.pp_size}" if self.pp_size > 1 else ""
         shard = f"{self.data} {self.shard_size or ''}"
-        return f"{self.world_size} ranks, ep {self.ep_size}, {shard}, {self.placement}{rows}"
+        return f"{self.world_size} ranks, ep {self.ep_size}, {shard}, {self.placement}{rows}{stages}"
 
 
 ONE = Where(1, 1)
@@ -82,9 +84,17 @@ SHARED_ROWS = [
     (Where(2, 1, "shard"), Where(4, 2, "shard", cp_size=4, cp="ring")),
 ]
 
+STAGES = [
+    (Where(2, 1, pp_size=2), ONE),
+    (EP[2], Where(4, 2, pp_size=2)),
+    (Where(4, 1, "shard", pp_size=2), Where(4, 2, pp_size=2)),
+    (Where(4, 2, pp_size=2), Where(4, 1, "shard", 2)),
+]
+
 
 def _engine(where: Where, dtype: torch.dtype) -> NativeEngine:
     sizes: dict[str, Any] = {"ep_size": where.ep_size, "shard_size": where.shard_size, "cp_size": where.cp_size}
+    sizes |= {"pp_size": where.pp_size, "pp_schedule": "gpipe"}  # which takes a single micro-batch
     mesh = mesh_here(**sizes) if where.world_size > 1 else Mesh.of_one()
     section = ParallelConfig(data=where.data, placement=where.placement, cp=where.cp, **sizes)  # type: ignore[arg-type]
     return make_engine(tiny_model_config(MOE), dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
@@ -169,6 +179,14 @@ def test_a_run_goes_on_under_another_layout(ranks: Ranks, stay: Stay, before: Wh
         found, losses = _on(ranks, after, _go_on, dtype, run.folder, steps)
         assert found == run.left, "every rank has its own part of it, bit for bit"
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), STAGES, ids=lambda where: str(where))
+def test_a_run_goes_on_with_other_stages(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
+    run = stay(before, torch.float64, 3)
+    found, losses = _on(ranks, after, _go_on, torch.float64, run.folder, 3)
+    assert found == run.left
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=1e-9, atol=0)
 
 
 def _write_alone(where: Where, folder: Path) -> list[str]:

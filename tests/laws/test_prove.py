@@ -22,7 +22,8 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.native import NativeEngine
 from trainer.errors import CommError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import Case, all_cases, labels, reference
+from trainer.prove.all_cases import all_cases
+from trainer.prove.cases import Case, labels, reference
 from trainer.prove.compare import compare
 from trainer.prove.evidence import Evidence
 from trainer.prove.pool import LocalRanks

@@ -25,23 +25,25 @@ def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name=name, file=file, old=old, new=new, tests=tests)
 
 
+_TOKENS = "trainer/engine/global_stats.py"
+
 FAULTS = [
     # Of a step
-    _fault("N_g counts targets", _STEP, "b.num_valid for b", "b.target_weight for b", NATIVE),
-    _fault("N_g counts targets, against transformers", _STEP, "b.num_valid for b", "b.target_weight for b", PARITY),
-    _fault("N_g counts padding", _STEP, "b.num_valid for b", "b.valid.numel() for b", NATIVE),
-    _fault("T_g counts what is not learned", _STEP, "b.target_weight for b", "b.num_valid for b", PARITY),
+    _fault("N_g counts targets", _TOKENS, "b.num_valid for b", "b.target_weight for b", NATIVE),
+    _fault("N_g counts targets, against transformers", _TOKENS, "b.num_valid for b", "b.target_weight for b", PARITY),
+    _fault("N_g counts padding", _TOKENS, "b.num_valid for b", "b.valid.numel() for b", NATIVE),
+    _fault("T_g counts what is not learned", _TOKENS, "b.target_weight for b", "b.num_valid for b", PARITY),
     _fault(
         "auxiliary losses are per target",
         "trainer/moe/losses.py",
-        "1 / (len(moe) * denominators.routed_tokens)",
-        "1 / (len(moe) * denominators.target_tokens)",
+        "1 / (num_moe_layers * denominators.routed_tokens)",
+        "1 / (num_moe_layers * denominators.target_tokens)",
         NATIVE,
     ),
     _fault(
         "auxiliary losses are added up over layers",
         "trainer/moe/losses.py",
-        "1 / (len(moe) * denominators.routed_tokens)",
+        "1 / (num_moe_layers * denominators.routed_tokens)",
         "1 / denominators.routed_tokens",
         NATIVE,
     ),

@@ -195,7 +195,7 @@ FAULTS = [
     ),
     in_package(
         "a sum of weights below 1 is 1",
-        "engine/step.py",
+        "engine/global_stats.py",
         "target_weight or 1.0, routed",
         "max(1.0, target_weight), routed",
         "tests/laws/test_document_weights.py",

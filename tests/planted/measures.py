@@ -174,7 +174,7 @@ FAULTS = [
     in_package(
         "a copy of a router counts in its norm on every rank",
         "engine/native.py",
-        "is_first = self.mesh.layout.rank == 0\n        return {name",
+        "is_first = self.mesh.layout.is_first_of_stage\n        return {name",
         "is_first = True\n        return {name",
         "parallel/test_shard.py",
     ),

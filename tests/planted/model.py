@@ -148,8 +148,8 @@ FAULTS = [
     _in_attention("keys and values are exchanged", "q, k, v = projected.split", "q, v, k = projected.split"),
     _in_gpt(
         "the embedding is scaled by the root of its width",
-        "x = self.embedding(tokens)",
-        "x = self.embedding(tokens) * self.config.d_model**0.5",
+        "x = self.embedding(batch.tokens) if",
+        "x = self.embedding(batch.tokens) * self.config.d_model**0.5 if",
     ),
     _in_gpt(
         "a tied head teaches the embedding nothing",

@@ -138,8 +138,8 @@ FAULTS = [
     _fault(
         "the pass that counts has no noise",
         STEP,
-        "lambda batch: self._forward(batch, options)",
-        "lambda batch: self._forward(batch, RoutingOptions())",
+        "prepass=self.global_stats.counting_pass(batches, self.passes, self._layers_of(options)",
+        "prepass=self.global_stats.counting_pass(batches, self.passes, self._layers_of(RoutingOptions())",
         LAYOUT,
     ),
     _fault(

@@ -40,15 +40,23 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
     mine = _fingerprints(state).to(mesh.world.device)  # (N, 3)
     if not mesh.world.any(any([_differ(mine, group) for group in copy_groups(mesh)])):  # each group is asked
         return
-    table = mesh.world.all_gather(mine).cpu()  # (W, N, 3)
+    table = mesh.stage.all_gather(mine).cpu()  # (W, N, 3)
+    said = _difference(table, list(state.slices), mesh, step=step, equal_at=equal_at)
+    message = next((found for found in mesh.world.all_gather_objects(said) if found is not None), None)
+    if message is not None:
+        raise (NumericsError if equal_at is None else DivergedError)(message)
+
+
+def _difference(table: Tensor, names: Sequence[str], mesh: Mesh, *, step: int, equal_at: int | None) -> str | None:
+    """Return which copies differ, given the fingerprints (W, N, 3) of the ranks with the same layers; None: none do."""
     suspect = torch.zeros(table.shape[:2], dtype=torch.bool)  # (W, N)
     for period in (1, mesh.layout.ep_size, mesh.shard.size, mesh.layout.ep_size * mesh.edp_shard.size):
         first_copy = torch.arange(len(table)) % period  # the first rank with the same weights, experts or shards
         suspect |= _differs(table, table[first_copy])
-    if suspect.any():
-        names = list(state.slices)
-        kind = NumericsError if equal_at is None else DivergedError
-        raise kind(_message({names[i]: table[:, i] for i in suspect.any(0).nonzero()[:, 0]}, step, equal_at))
+    if not suspect.any():
+        return None
+    columns = {names[int(i)]: table[:, i] for i in suspect.any(0).nonzero()[:, 0]}
+    return _message(columns, step, equal_at, first_rank=mesh.stage.ranks[0])
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -89,11 +97,11 @@ def _differs(table: Tensor, other: Tensor) -> Tensor:
     return (table[..., :2] == other[..., :2]).all(-1) & (table[..., 2] != other[..., 2])
 
 
-def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str:
+def _message(columns: dict[str, Tensor], step: int, equal_at: int | None, *, first_rank: int) -> str:
     """Describe which tensors differ, and on which ranks; `columns` has their (W, 3) fingerprints."""
     names_of: dict[tuple[tuple[int, ...], ...], list[str]] = defaultdict(list)
     for name, column in columns.items():
-        for sides in _sides(column.tolist()):
+        for sides in _sides(column.tolist(), first_rank):
             names_of[sides].append(name.removeprefix("model."))
     said = "; ".join(_sentence(sides, names) for sides, names in names_of.items())
     wrong = sorted({rank for sides in names_of for side in _wrong(sides) or sides for rank in side})
@@ -107,10 +115,10 @@ def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str
     )
 
 
-def _sides(column: Sequence[Sequence[int]]) -> Iterable[tuple[tuple[int, ...], ...]]:
+def _sides(column: Sequence[Sequence[int]], first_rank: int) -> Iterable[tuple[tuple[int, ...], ...]]:
     """Yield, for each part of a tensor whose copies differ, the groups of ranks that agree, largest first."""
     parts: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for rank, (start, length, total) in enumerate(column):
+    for rank, (start, length, total) in enumerate(column, start=first_rank):
         parts[start, length][total].append(rank)
     for holders in parts.values():
         if len(holders) > 1:

@@ -10,8 +10,8 @@ import torch
 from trainer.contracts.ensure import ensure
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.mesh import Mesh
+from trainer.engine.numerics import NumericsConfig
 from trainer.engine.registry import NativeEngineConfig
-from trainer.engine.step import NumericsConfig
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.tasks.base import TaskResult
 from trainer.evaluation.tasks.registry import TaskConfig

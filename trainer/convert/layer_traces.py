@@ -54,7 +54,7 @@ def trace_layers(model: GPT, batches: Sequence[Batch]) -> list[LayerTrace]:
     options = RoutingOptions(dropless=True, return_router_outputs=True)
     layers: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in model.moe_layers()]
     for batch in batches:
-        here = batch.to(model.embedding.weight.device)
+        here = batch.to(model.device)
         with _inputs(model.moe_layers()) as inputs:
             output = model(here, options)
         valid = here.valid.flatten()

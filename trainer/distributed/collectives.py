@@ -55,6 +55,20 @@ class Group(WatchedGroup):
         assert work is not None, "this rank is in the group"
         return PendingOp(self, operation, work, x, x)
 
+    def start_send(self, x: Tensor, *, target: int) -> "PendingOp":
+        """Start to send x to a member, which receives it into a tensor of its shape."""
+        operation = self.recorder.note("send", self.name, [x.numel()])
+        with self._reported(operation):
+            work = dist.isend(x, self.ranks[target], group=self._handle)
+        assert work is not None, "this rank is in the group"
+        return PendingOp(self, operation, work, x, x)
+
+    def receive(self, x: Tensor, *, source: int) -> Tensor:
+        """Overwrite x with what a member sends."""
+        with self._watched("receive", [x.numel()]):
+            dist.recv(x, self.ranks[source], group=self._handle)
+        return x
+
     def all_gather(self, x: Tensor) -> Tensor:
         """Return (size, *x.shape): x of every member; its shape must be the same on all."""
         if self._handle is None:

@@ -37,7 +37,14 @@ class Mesh:
 
     layout: Layout
     world: Group
-    """All ranks: different tokens, the same dense weights."""
+    """All ranks."""
+    stage: Group
+    """Ranks with the same layers, which see all tokens together and have the same dense weights; `world` without a
+    pipeline."""
+    pp: Group
+    """Ranks that hold one copy of the layers together, in the order of these, for the same tokens."""
+    tied: Group
+    """The ranks of `pp` with the first and the last layer, on these, for an embedding that is also the head."""
     ep: Group
     """Ranks that shard one copy of the experts and send each other tokens."""
     ep_inside: Group
@@ -68,6 +75,9 @@ class Mesh:
         return cls(
             layout=Layout(),
             world=one,
+            stage=one,
+            pp=one,
+            tied=one,
             ep=one,
             ep_inside=one,
             ep_between=one,
@@ -248,6 +258,9 @@ def mesh_of_groups(
         host=host,
         saving=saving,
         world=world,
+        stage=group("stage", layout.stage_ranks()),
+        pp=group("pp", layout.pp_ranks()),
+        tied=group("tied", layout.tied_ranks()),
         ep=group("ep", layout.ep_ranks()),
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
         ep_between=group("ep between nodes", layout.ep_between_ranks()),

@@ -1,5 +1,7 @@
 """Layout of ranks in an expert-parallel grid, checked before any process group exists. Imports no torch.
 
+rank = pp_rank * stage_size + ...         a stage of a pipeline: consecutive ranks with the same layers, in which all
+                                          that follows is
 rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1 2
                                                                 edp 1: ranks 3 4 5
                                           experts sharded over the columns, replicated down the rows
@@ -10,10 +12,15 @@ shard_size: neighbouring ranks that shard weights together; with 3, each edp row
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 from trainer.environment import is_first, local_size_and_rank, world_size_and_rank
 from trainer.errors import ConfigError
+
+ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipe_v"]
+V_SCHEDULES = ("zbv", "dualpipe_v")
+"""Schedules under which the first stage and the last one are on the same ranks."""
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
@@ -29,9 +36,14 @@ class Degrees:
     ep_size: int = 1
     """Ranks that shard one copy of the experts: consecutive ranks, so on one node if possible."""
     shard_size: int | None = None
-    """Neighbouring ranks that together hold one copy of sharded weights; None: all ranks."""
+    """Neighbouring ranks that together hold one copy of sharded weights; None: all ranks of a stage."""
     cp_size: int = 1
     """Ranks that share rows: consecutive ranks, each with some columns of the same rows."""
+    pp_size: int = 1
+    """Groups of ranks that the layers are split over: each is consecutive ranks."""
+    pp_schedule: ScheduleName = "1f1b"
+    pp_layers: tuple[int, ...] | None = None
+    """Layers of each stage; None: of about the same cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +57,17 @@ class Layout(Degrees):
     @property
     def degrees(self) -> Degrees:
         """The sizes alone, equal on all ranks."""
-        return Degrees(ep_size=self.ep_size, shard_size=self.shard_size, cp_size=self.cp_size)
+        return Degrees(**{field.name: getattr(self, field.name) for field in fields(Degrees)})
 
     @property
     def data_rank(self) -> int:
         """Index of this rank's rows: ranks with the same index share rows."""
-        return self.rank // self.cp_size
+        return self.rank % self.stage_size // self.cp_size
 
     @property
     def data_size(self) -> int:
         """Number of groups of ranks that have different rows."""
-        return self.world_size // self.cp_size
+        return self.stage_size // self.cp_size
 
     @property
     def cp_rank(self) -> int:
@@ -67,6 +79,36 @@ class Layout(Degrees):
         return _runs(list(range(self.world_size)), self.cp_size)
 
     @property
+    def stage_size(self) -> int:
+        """Number of ranks with the same layers."""
+        return self.world_size // self.pp_size
+
+    @property
+    def pp_rank(self) -> int:
+        """Index of this rank's stage."""
+        return self.rank // self.stage_size
+
+    @property
+    def is_first_of_stage(self) -> bool:
+        """True if no earlier rank has the same layers."""
+        return self.rank % self.stage_size == 0
+
+    def stage_ranks(self) -> list[list[int]]:
+        """Return the ranks of each stage."""
+        return _runs(list(range(self.world_size)), self.stage_size)
+
+    def pp_ranks(self) -> list[list[int]]:
+        """Return the ranks that hold one copy of the layers together, in the order of the stages."""
+        return _columns(self.stage_ranks())
+
+    def tied_ranks(self) -> list[list[int]]:
+        """Return, for each copy of the layers, the ranks with the first and the last one; every other rank alone."""
+        if self.pp_schedule in V_SCHEDULES:
+            return [[rank] for rank in range(self.world_size)]
+        ends = [sorted({ranks[0], ranks[-1]}) for ranks in self.pp_ranks()]
+        return ends + [[rank] for ranks in self.pp_ranks() for rank in ranks[1:-1]]
+
+    @property
     def ep_rank(self) -> int:
         """Index of this rank among those that shard its copy of the experts."""
         return self.rank % self.ep_size
@@ -74,7 +116,7 @@ class Layout(Degrees):
     @property
     def edp_rank(self) -> int:
         """Index of this rank's copy of the experts."""
-        return self.rank // self.ep_size
+        return self.rank % self.stage_size // self.ep_size
 
     def ep_ranks(self) -> list[list[int]]:
         """Return the ranks of each copy of the experts."""
@@ -98,12 +140,12 @@ class Layout(Degrees):
 
     def edp_ranks(self) -> list[list[int]]:
         """Return, for each shard of the experts, the ranks that hold it."""
-        return [list(range(first, self.world_size, self.ep_size)) for first in range(self.ep_size)]
+        return [stage[first :: self.ep_size] for stage in self.stage_ranks() for first in range(self.ep_size)]
 
     @property
     def num_shards(self) -> int:
         """Number of ranks that share a copy of the dense weights, if these are sharded."""
-        return self.shard_size or self.world_size
+        return self.shard_size or self.stage_size
 
     @property
     def num_expert_shards(self) -> int:
@@ -116,7 +158,7 @@ class Layout(Degrees):
 
     def shard_copy_ranks(self) -> list[list[int]]:
         """Return, for each shard of the dense weights, the ranks that hold it."""
-        return _columns(self.shard_ranks())
+        return [column for stage in self.stage_ranks() for column in _columns(_runs(stage, self.num_shards))]
 
     def edp_shard_ranks(self) -> list[list[int]]:
         """Return the ranks that together hold one copy of an expert-parallel rank's experts, if these are sharded.
@@ -176,20 +218,27 @@ def even_slices(total: int, parts: int) -> list[tuple[int, int]]:
 
 def check_layout(degrees: Degrees, *, world_size: int) -> None:
     """Raise a ConfigError unless the degrees divide the number of ranks, and fit each other; it names those that do."""
-    ep_size, shard_size = degrees.ep_size, degrees.shard_size
-    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    if world_size % degrees.pp_size:
+        fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ConfigError(
+            f"parallel.pp_size: {degrees.pp_size} does not divide the {world_size} ranks that were started; use one of "
+            f"{fitting}, or start a multiple of {degrees.pp_size} (torchrun --nproc-per-node, --nnodes)"
+        )
+    ep_size, shard_size, stage_size = degrees.ep_size, degrees.shard_size, world_size // degrees.pp_size
+    ranks = f"{world_size} ranks that were started" if degrees.pp_size == 1 else f"{stage_size} ranks of a stage"
+    divisors = [n for n in range(1, stage_size + 1) if stage_size % n == 0]
     for key, size in (("ep_size", ep_size), ("cp_size", degrees.cp_size)):
-        if world_size % size:
+        if stage_size % size:
             raise ConfigError(
-                f"parallel.{key}: {size} does not divide the {world_size} ranks that were started; use one of "
+                f"parallel.{key}: {size} does not divide the {ranks}; use one of "
                 f"{', '.join(map(str, divisors))}, or start a multiple of {size} (torchrun --nproc-per-node, --nnodes)"
             )
     if shard_size is None:
         return
-    if world_size % shard_size or (shard_size % ep_size and ep_size % shard_size):
+    if stage_size % shard_size or (shard_size % ep_size and ep_size % shard_size):
         fitting = [n for n in divisors if n > 1 and (n % ep_size == 0 or ep_size % n == 0)]
         advice = f"{', '.join(map(str, fitting))}, or null for all ranks" if fitting else "null"
         raise ConfigError(
-            f"parallel.shard_size: {shard_size} must divide the {world_size} ranks that were started, and divide or be "
+            f"parallel.shard_size: {shard_size} must divide the {ranks}, and divide or be "
             f"a multiple of ep_size {ep_size}; use {advice}"
         )

@@ -131,7 +131,7 @@ class Engine(ABC):
 
     def __init__(self, model: GPT) -> None:
         self.model, self.moe_config = model, model.config.moe
-        self.device = model.embedding.weight.device
+        self.device = model.device
         self.parameters = dict(model.named_parameters())
         self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
         """Parameters that are not frozen."""
@@ -145,7 +145,7 @@ class Engine(ABC):
         """Steps, in this process, that were taken again since their rows exceeded `row_budget`."""
         moe = self.moe_config
         columns = 0 if moe is None else moe.num_experts + (moe.router.num_null_experts > 0)
-        shape = (len(model.moe_layers()), columns)
+        shape = (len(model.config.moe_layers), columns)
         # There is no load before the first step; a uniform one makes the balance loss its constant minimum.
         self.previous_counts = torch.ones(shape, dtype=torch.int64, device=self.device)
 

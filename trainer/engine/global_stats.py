@@ -9,7 +9,7 @@ from the previous step.
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,18 +17,26 @@ from torch import Tensor
 
 from trainer.data.batches.batch import Batch
 from trainer.distributed.collectives import Group
+from trainer.distributed.mesh import Mesh
+from trainer.engine.moe_layers import MoELayers
+from trainer.engine.passes import Passes, RunLayers
 from trainer.engine.reduce import all_reduce_packed
+from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPTOutput
 from trainer.moe.loss_stats import LossStats, RowStats
+from trainer.moe.losses import Denominators
 from trainer.moe.terms import AuxLosses
 
 
 class GlobalStats:
-    """Provides each micro-batch's losses with the sums, over all ranks, that they are computed from."""
+    """Provides each micro-batch's losses with the sums, over all ranks, that they are computed from.
 
-    def __init__(self, losses: AuxLosses | None, world: Group, sharing_rows: Group) -> None:
-        """Create it for a model's losses; the ranks of `sharing_rows` have parts of the same rows."""
-        self._losses, self._world, self._sharing_rows = losses, world, sharing_rows
+    `stage` are the ranks with the same layers, which see all tokens together; those of `sharing_rows` have parts of the
+    same rows.
+    """
+
+    def __init__(self, losses: AuxLosses | None, stage: Group, sharing_rows: Group) -> None:
+        self._losses, self._stage, self._sharing_rows = losses, stage, sharing_rows
         terms = [] if losses is None else losses.terms()
         of_rows = ("balance", "device_balance", "importance", "load")
         self._needs_rows = sharing_rows.size > 1 and (
@@ -47,13 +55,30 @@ class GlobalStats:
         balance = self._losses.balance if self._losses else None
         return balance is not None and balance.scope != "sequence" and not self._has_loss_of_counts
 
-    def prepass(self, batches: Sequence[Batch], forward: Callable[[Batch], GPTOutput]) -> LossStats | None:
-        """Return the sums of the whole step from a counting pass without gradients; None if no loss needs one."""
+    def counting_pass(
+        self, batches: Sequence[Batch], passes: Passes, run: RunLayers, config: ModelConfig
+    ) -> LossStats | None:
+        """Return the sums of the whole step from a pass without gradients; None if no loss needs one."""
         if len(batches) == 1 or not self._needs_exact_sums:
             return None
-        with torch.no_grad():
-            parts = [self.local(forward(batch)) for batch in batches]
-        return self._all_reduce([part for part in parts if part is not None])
+        parts: list[LossStats] = []
+
+        def take(output: GPTOutput, _: Batch, layers: Collection[int]) -> None:
+            local = self.local(output)
+            if local is not None:
+                parts.append(local.mapped(MoELayers.of(config, layers).placed))
+
+        passes.evaluate(batches, run, take)
+        return self.all_reduce(parts)
+
+    def count_tokens(self, batches: Sequence[Batch], mesh: Mesh) -> Denominators:
+        """Count the target and routed tokens of the whole step, over all ranks."""
+        parts = [sum(b.target_weight for b in batches), sum(b.num_valid for b in batches)]
+        if mesh.pp.index > 0:  # the ranks of a pipeline have the same tokens
+            parts = [0, 0]
+        counts = torch.tensor(parts, dtype=torch.float64)  # on the host; exact for numbers of tokens
+        target_weight, routed_tokens = mesh.host.all_reduce_(counts).tolist()
+        return Denominators(target_tokens=target_weight or 1.0, routed_tokens=max(1, int(routed_tokens)))
 
     def local(self, output: GPTOutput) -> LossStats | None:
         """Return this micro-batch's own sums; None without MoE layers."""
@@ -79,13 +104,13 @@ class GlobalStats:
         if self._losses is None or local is None:
             return None
         if prepass is None and self._needs_exact_sums:
-            prepass = self._all_reduce([local])  # this is the only micro-batch
+            prepass = self.all_reduce([local])  # this is the only micro-batch
         counts = {"previous_step": previous_counts, "running": choices}.get(self._losses.balance.counts)
         return prepass if counts is None else replace(prepass or local, counts=counts)
 
-    def _all_reduce(self, parts: Sequence[LossStats]) -> LossStats | None:
+    def all_reduce(self, parts: Sequence[LossStats]) -> LossStats | None:
         """Sum over the micro-batches of all ranks; None without MoE layers."""
         if not parts:
             return None
         local = functools.reduce(operator.add, parts)
-        return local.with_tensors(all_reduce_packed(local.tensors(), self._world))
+        return local.with_tensors(all_reduce_packed(local.tensors(), self._stage))

@@ -11,8 +11,9 @@ from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.sharded_tensor import is_sharded
 from trainer.engine.nonfinite import Findings, is_finite
+from trainer.engine.numerics import NumericsConfig
 from trainer.engine.reduce import square_norm
-from trainer.engine.step import Accumulated, NumericsConfig, StepEngine
+from trainer.engine.step import Accumulated, StepEngine
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.models.parameter_roles import is_decayed
 from trainer.moe.routing import RoutingOptions
@@ -43,9 +44,14 @@ class NativeEngine(StepEngine):
         scale_rates(self.optimizer, {p: self.rate_factors[name] for name, p in self.learning.items()})
         self._dense = [p for name, p in self.learning.items() if name not in self.expert_numbers]
         self._experts = [p for name, p in self.learning.items() if name in self.expert_numbers]
+        tied = (
+            self.learning.get("embedding.weight") if model.config.tie_embeddings and self.mesh.tied.size > 1 else None
+        )
+        self._tied = tied
+        """Weight of the embedding here and of the head on another stage, or the other way round."""
         self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)
-            for parameters, group in ((self._dense, self.mesh.world), (self._experts, self.mesh.edp))
+            for parameters, group in ((self._dense, self.mesh.stage), (self._experts, self.mesh.edp))
         ]
 
     def gradients(self) -> TrainState:
@@ -64,16 +70,20 @@ class NativeEngine(StepEngine):
         with step_of(self.model):
             return super().accumulate(micro_batches, return_experts=return_experts, with_router_norms=with_router_norms)
 
-    def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
+    def _forward(self, batch: Batch, options: RoutingOptions, hidden: Tensor | None, layers: range) -> GPTOutput:
         if torch.is_grad_enabled():
             before_forward(self.model)
-        return super()._forward(batch, options)
+        return super()._forward(batch, options, hidden, layers)
 
-    def _backward(self, objective: Tensor, *, is_last: bool) -> None:
+    def begin_backward(self, *, is_last: bool) -> None:
+        """Prepare the next backward pass, during which gradients are reduced if it is the last one."""
         before_backward(self.model, is_last=is_last)
         if is_last:
             for gradient_reducer in self.gradient_reducers:
                 gradient_reducer.expect()
+
+    def backward(self, objective: Tensor) -> None:
+        """Accumulate a gradient."""
         objective.backward()
 
     def _reduce_gradients(self) -> Tensor:
@@ -84,15 +94,19 @@ class NativeEngine(StepEngine):
         """
         for gradient_reducer in self.gradient_reducers:
             gradient_reducer.finish()
+        if self._tied is not None:
+            assert self._tied.grad is not None, "embedding and head are always used"
+            self.mesh.tied.all_reduce_(local(self._tied.grad))
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
-        for mine, is_first in ((self._dense, layout.rank == 0), (self._experts, layout.edp_rank == 0)):
+        once = [p for p in self._dense if p is not self._tied or self.mesh.tied.index == 0]
+        for mine, is_first in ((once, layout.is_first_of_stage), (self._experts, layout.edp_rank == 0)):
             if gradients := _counted(mine, is_first=is_first):
                 square = square + square_norm(gradients)
         return square
 
     def _counted_gradients(self, names: Set[str]) -> dict[str, list[Tensor]]:
         """Return this rank's gradients of some dense weights that count for a norm over all ranks."""
-        is_first = self.mesh.layout.rank == 0
+        is_first = self.mesh.layout.is_first_of_stage
         return {name: _counted([self.learning[name]], is_first=is_first) for name in names}
 
     def _update(self, lr: float, grad_norm: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.distributed.collectives import Group
 from trainer.engine.base import RoutingSums
+from trainer.engine.moe_layers import MoELayers
 from trainer.models.gpt import GPTOutput
 from trainer.moe.losses import Objective
 from trainer.ops.tensor_sums import as_message, from_message
@@ -31,14 +32,14 @@ class StepTotals:
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further losses, by name."""
 
-    def add(self, share: Objective, output: GPTOutput) -> None:
-        """Add a micro-batch."""
+    def add(self, share: Objective, output: GPTOutput, layers: MoELayers) -> None:
+        """Add a micro-batch, or the part of it that has these MoE layers."""
         self.loss = self.loss + share.loss
         self.objective = self.objective + share.total.detach()
         if share.balance_loss is not None:
             self.balance_loss = share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)
-            layers = [stats.prob_sum.detach().sum(0) for stats in output.moe if stats.prob_sum is not None]
-            self.prob_sum = torch.stack(layers) + (0 if self.prob_sum is None else self.prob_sum)
+            here = [stats.prob_sum.detach().sum(0) for stats in output.moe if stats.prob_sum is not None]
+            self.prob_sum = layers.placed(torch.stack(here)) + (0 if self.prob_sum is None else self.prob_sum)
         if share.z_loss is not None:
             self.z_loss = share.z_loss + (0 if self.z_loss is None else self.z_loss)
         for name, value in share.extra.items():

@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -19,33 +19,22 @@ from trainer.checkpoint.state import TrainState
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
-from trainer.engine.config import EMAConfig
 from trainer.engine.global_stats import GlobalStats
+from trainer.engine.moe_layers import MoELayers
 from trainer.engine.nonfinite import Findings, describe_findings
+from trainer.engine.numerics import NumericsConfig
+from trainer.engine.passes import Passes, RunLayers, WholeModel
 from trainer.engine.reduce import Accumulated, StepTotals, all_reduce_packed, group_squares, read_numbers
+from trainer.engine.step_sums import EvaluatedBatch, StepSums
 from trainer.engine.weight_average import WeightAverage
 from trainer.models.freeze import is_frozen, rate_factors
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
 from trainer.moe.dispatch.budgeted_all_to_all import BudgetedAllToAllDispatcher
-from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
 from trainer.moe.stats import experts_of
 from trainer.ops.noise import stable_hash
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NumericsConfig:
-    """Numeric options of a step, from `train` and `seed`."""
-
-    seed: int
-    dtype: torch.dtype
-    """Dtype of matrix products; bfloat16 uses autocast over float32 parameters."""
-    grad_clip: float | None
-    lr_scale: Mapping[str, float] = field(default_factory=dict)
-    """Factors of the learning rate, by role or pattern of names."""
-    ema: EMAConfig | None = None
-    """Moving average of the weights; None: none."""
+from trainer.parallel.pipeline_stages import pipeline_stages
 
 
 class StepEngine(Engine):
@@ -58,11 +47,24 @@ class StepEngine(Engine):
             self.average = WeightAverage(numerics.ema, model)
         self.rate_factors = rate_factors(model, numerics.lr_scale)
         self.losses = None if self.moe_config is None else self.moe_config.aux_losses
-        self.global_stats = GlobalStats(self.losses, mesh.world, mesh.cp)
+        self.global_stats = GlobalStats(self.losses, mesh.stage, mesh.cp)
+        self.moe_layers = MoELayers.of(model.config, {layer for layer, _ in model.blocks.numbered()})
+        """The MoE layers that are here."""
+        self.passes = self._passes(model)
         name_of = {p: name for name, p in self.learning.items()}
         routers = [layer.router for layer in model.moe_layers()]
         self._routers = [[name_of[p] for p in router.parameters() if p in name_of] for router in routers]
         """Names of each router's weights that learn."""
+
+    def _passes(self, model: GPT) -> Passes:
+        """Return how micro-batches pass through the layers here."""
+        config, mesh = model.config, self.mesh
+        if mesh.pp.size == 1:
+            return WholeModel(config.num_layers, mesh.world.recorder)
+        from trainer.engine.pipeline import Pipeline  # which imports torch's pipelining
+
+        stages = pipeline_stages(config, model.vocab_size, mesh.layout)
+        return Pipeline(stages, mesh.pp, width=config.d_model, dtype=next(model.parameters()).dtype)
 
     # Gradients: implemented by each engine
 
@@ -70,9 +72,12 @@ class StepEngine(Engine):
     def gradients(self) -> TrainState:
         """Return the unclipped gradients of the whole step, by parameter name."""
 
+    def begin_backward(self, *, is_last: bool) -> None:
+        """Prepare the next backward pass; during the last one of a step the all-reduce can start."""
+
     @abstractmethod
-    def _backward(self, objective: Tensor, *, is_last: bool) -> None:
-        """Accumulate the gradient of a micro-batch's share; after the last one the all-reduce can start."""
+    def backward(self, objective: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's share."""
 
     @abstractmethod
     def _reduce_gradients(self) -> Tensor:
@@ -133,41 +138,32 @@ class StepEngine(Engine):
         recorder = self.mesh.world.recorder
         recorder.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]
-        denominators = self._denominators(batches)
+        denominators = self.global_stats.count_tokens(batches, self.mesh)
         options = RoutingOptions(
             noise_seed=self.numerics.seed, top_k=self._drawn_top_k(), return_experts=return_experts
         )
-        prepass = self.global_stats.prepass(batches, lambda batch: self._forward(batch, options))
-        total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
+        sums = StepSums(
+            losses=self.losses,
+            global_stats=self.global_stats,
+            denominators=denominators,
+            prepass=self.global_stats.counting_pass(batches, self.passes, self._layers_of(options), self.model.config),
+            previous_counts=self.previous_counts,
+        )
         experts: list[Tensor] = []
-        for batch in batches:
-            recorder.enter("forward")
-            output = self._forward(batch, options)
+
+        def share(output: GPTOutput, batch: Batch, layers: range) -> Tensor:
             if return_experts:
                 experts.append(experts_of(output.moe, batch.tokens.shape))
-            local = self.global_stats.local(output)
-            if local is not None:
-                choices = choices + local.counts
-            sums = self.global_stats.for_losses(prepass, local, choices=choices, previous_counts=self.previous_counts)
-            share = objective(
-                output.loss_sum,
-                output.moe,
-                global_stats=sums,
-                denominators=denominators,
-                losses=self.losses,
-                vocab_z=output.vocab_z,
-                row_stats=self.global_stats.of_rows(output),
-            )
-            recorder.enter("backward")
-            self._backward(share.total, is_last=batch is batches[-1])
-            total.add(share, output)
-            here = RoutingSums.of(output.moe)
-            routing = here if routing is None or here is None else routing + here
+            return sums.add(output, MoELayers.of(self.model.config, layers))
+
+        self.passes.train(batches, self._layers_of(options), share, self)
+        total, routing, choices = sums.total, sums.routing, sums.choices
         recorder.enter("gradient sums")
         square, local_objective = self._reduce_gradients(), torch.as_tensor(total.objective)
         if routing is not None and with_router_norms:
             counted = self._counted_gradients({name for names in self._routers for name in names})
-            routing = replace(routing, router_squares=group_squares(self._routers, counted, self.device))
+            squares = group_squares(self._routers, counted, self.device)
+            routing = replace(routing, router_squares=self.moe_layers.placed(squares))
         total, choices, routing, square = self._reduce_sums(total, choices, routing, square)
         routing = routing and replace(routing, prob_sum=total.prob_sum)
         if self.losses is not None and self.global_stats.is_balance_only_logged and total.prob_sum is not None:
@@ -209,7 +205,7 @@ class StepEngine(Engine):
                 # Choices have a column for null experts; under `gshard_first_choice` they are first choices only.
                 has_nulls = step.choices.shape != routing.counts.shape
                 counts = step.choices if has_nulls else routing.counts
-                for layer, moe in enumerate(self.model.moe_layers()):
+                for layer, moe in zip(self.moe_layers.numbers, self.model.moe_layers(), strict=True):
                     if not is_frozen(moe.router):
                         moe.router.update(counts[layer])
         return StepResult(
@@ -234,19 +230,33 @@ class StepEngine(Engine):
         options = RoutingOptions(
             dropless=dropless, top_k=top_k, counts_targets_only=True, return_experts=return_experts
         )
-        with torch.no_grad():
-            output = self._forward(batch, options)
-        routing = RoutingSums.of(output.moe)
-        sums = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum()])
+        found = EvaluatedBatch()
+
+        def take(output: GPTOutput, batch: Batch, layers: range) -> None:
+            found.add(output, MoELayers.of(self.model.config, layers))
+            if return_experts:
+                found.experts = experts_of(output.moe, batch.tokens.shape)
+
+        self.passes.evaluate([batch], self._layers_of(options), take)
+        routing, experts = found.routing, found.experts
+        tokens = batch.target_mask.sum() * self.passes.has_last  # the ranks of a pipeline have the same tokens
+        sums = torch.stack([torch.as_tensor(found.loss_sum), tokens])
         sums, *parts = all_reduce_packed([sums, *(routing.tensors() if routing else [])], self.mesh.world)
         routing = routing.with_tensors(parts) if routing else None
-        loss_sum, target_tokens = sums.tolist()  # waits for the device
-        experts = experts_of(output.moe, batch.tokens.shape) if return_experts else None
-        return EvalSums(loss_sum=loss_sum, target_tokens=int(target_tokens), routing=routing, experts=experts)
+        nats, number = sums.tolist()  # waits for the device
+        return EvalSums(loss_sum=nats, target_tokens=int(number), routing=routing, experts=experts)
 
-    def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
+    def _forward(self, batch: Batch, options: RoutingOptions, hidden: Tensor | None, layers: range) -> GPTOutput:
         with self.autocast():
-            return self.model(batch, options)
+            return self.model(batch, options, hidden=hidden, layers=layers)
+
+    def _layers_of(self, options: RoutingOptions) -> RunLayers:
+        """Return what runs some layers of the model."""
+
+        def run(batch: Batch, hidden: Tensor | None, layers: range) -> GPTOutput:
+            return self._forward(batch, options, hidden, layers)
+
+        return run
 
     def _drawn_top_k(self) -> int | None:
         """Return the k drawn for this step, the same on every rank; None: the configured k."""
@@ -254,13 +264,6 @@ class StepEngine(Engine):
         if among is None:
             return None
         return among[stable_hash("draw_top_k", self.numerics.seed, self.optimizer_steps) % len(among)]
-
-    def _denominators(self, batches: Sequence[Batch]) -> Denominators:
-        """Count the target and routed tokens of the whole step, over all ranks."""
-        parts = [sum(b.target_weight for b in batches), sum(b.num_valid for b in batches)]
-        counts = torch.tensor(parts, dtype=torch.float64)  # on the host; exact for numbers of tokens
-        target_weight, routed_tokens = self.mesh.host.all_reduce_(counts).tolist()
-        return Denominators(target_tokens=target_weight or 1.0, routed_tokens=max(1, int(routed_tokens)))
 
     def _reduce_sums(
         self, total: StepTotals, choices: Tensor, routing: RoutingSums | None, square: Tensor

@@ -70,7 +70,7 @@ def routing_gap(
     number = 0
     with raise_together(world):
         for batch in batches:
-            on_device = batch.to(engine.model.embedding.weight.device)
+            on_device = batch.to(engine.model.device)
             with torch.no_grad(), engine.autocast():
                 output = engine.model(on_device, options)
             outputs = [stats.routed for stats in output.moe if stats.routed is not None]

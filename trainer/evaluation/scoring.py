@@ -135,7 +135,7 @@ def _rows(question: Question, number: int, prefix: int | None) -> Iterator[_Row]
 
 def _run(context: EvalContext, round_: _Round) -> Iterator[tuple[tuple[int, int], Score]]:
     model = context.engine.model
-    device = model.embedding.weight.device
+    device = model.device
     prefix_cache: KVCache | None = None
     with context.engine.autocast():
         if round_.prefixes:
@@ -165,5 +165,5 @@ def _empty_pass(context: EvalContext) -> None:
     """Run a forward pass without tokens, so that this rank's experts serve the other ranks' passes."""
     model = context.engine.model
     with context.engine.autocast():
-        tokens, num_new = pad_right([[]], model.embedding.weight.device)
+        tokens, num_new = pad_right([[]], model.device)
         model.next_logits(tokens, model.new_cache(1, 1), num_new)

@@ -66,7 +66,7 @@ def _batch_logits(
     """Return tokens (B, S), their validity (B, S) and logits (L, B, S, E) of rows that are not padding."""
     moe = config.model.moe
     assert moe is not None, "the command checked that the run has MoE layers"
-    batch = batch.to(engine.model.embedding.weight.device)
+    batch = batch.to(engine.model.device)
     with torch.no_grad(), engine.autocast():
         output = engine.model(batch, RoutingOptions(noise_seed=seed, return_router_outputs=True))
     is_text = batch.valid.any(1)

@@ -177,15 +177,15 @@ class ModelConfig(Config):
         """Count the parameters without building the model; `vocab_size` is that of the tokenizer."""
         vocab_size = self.vocab_size or vocab_size
         D, L, num_moe = self.d_model, self.num_layers, len(self.moe_layers)
-        dense = L * (self._attention_weights() + 2 * D) + D + (1 if self.tie_embeddings else 2) * vocab_size * D
-        dense += (L - num_moe) * self._feed_forward(self.d_ff)
+        dense = L * (self.attention_weights() + 2 * D) + D + (1 if self.tie_embeddings else 2) * vocab_size * D
+        dense += (L - num_moe) * self.feed_forward_weights(self.d_ff)
         of_adapters = Weights(0, 0) if self.lora is None else Weights(*self.lora.weights(self.projections()))
         dense += of_adapters.dense
         if self.moe is None:
             return Weights(dense, 0)
-        dense += num_moe * (self._feed_forward(self.moe.shared_width) + (D if self.moe.shared_gate else 0))
+        dense += num_moe * (self.feed_forward_weights(self.moe.shared_width) + (D if self.moe.shared_gate else 0))
         biases = hidden_width(self.moe.d_ff, self.activation_function) + D if self.moe.expert_bias else 0
-        return Weights(dense, num_moe * (self._feed_forward(self.moe.d_ff) + biases) + of_adapters.expert)
+        return Weights(dense, num_moe * (self.feed_forward_weights(self.moe.d_ff) + biases) + of_adapters.expert)
 
     def activations(self, *, vocab_size: int, num_rows: int, loss_chunk: int | None) -> int:
         """Return a lower bound of the values in memory at once: residual streams, and the logits of a chunk."""
@@ -193,7 +193,8 @@ class ModelConfig(Config):
         with_logits = tokens if loss_chunk is None else min(tokens, loss_chunk)
         return tokens * self.num_layers * self.d_model + with_logits * vocab_size
 
-    def _attention_weights(self) -> int:
+    def attention_weights(self) -> int:
+        """Return the weights of a block's attention."""
         D, own, latent = self.d_model, self.attention, self.attention.latent
         if latent is not None:
             weights = latent.weights(d_model=D, num_heads=self.num_heads)
@@ -205,7 +206,8 @@ class ModelConfig(Config):
                 weights += 2 * self.head_dim if own.qk_norm_over == "head" else q + kv
         return weights + own.qkv_bias * qkv + own.out_bias * D + own.sinks * self.num_heads
 
-    def _feed_forward(self, d_ff: int) -> int:
+    def feed_forward_weights(self, d_ff: int) -> int:
+        """Return the weights of a network of this width."""
         return self.d_model * (hidden_width(d_ff, self.activation_function) + d_ff)
 
     def problems(self) -> Iterator[Problem]:

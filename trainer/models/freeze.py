@@ -40,7 +40,12 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def rate_factors(model: GPT, factors: Mapping[str, float]) -> dict[str, float]:
-    """Return the factor of the learning rate of each parameter that learns, by `train.lr_scale`.
+    """Return the factor of the learning rate of each parameter that learns, by `train.lr_scale`."""
+    return {name: factor_of(factors, name) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_rate_factors(model: GPT, factors: Mapping[str, float]) -> None:
+    """Check `train.lr_scale` against the whole model.
 
     Raises:
         ConfigError: if an entry matches nothing that learns.
@@ -58,7 +63,6 @@ def rate_factors(model: GPT, factors: Mapping[str, float]) -> dict[str, float]:
     for entry in (entry for entry, factor in factors.items() if factor != 1):
         if not any(learns and matches(entry, name) for name, learns in by_any_name.items()):
             raise ConfigError(f"train.lr_scale: {entry} matches only weights that train.freeze freezes; make it 1")
-    return {name: factor_of(factors, name) for name, learns in learning.items() if learns}
 
 
 def frozen_router_warning(model: GPT) -> str | None:

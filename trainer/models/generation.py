@@ -52,7 +52,7 @@ def generate(
     """
     if not prompt:
         raise ValueError("prompt: needs at least one token")
-    device, seq_len = model.embedding.weight.device, model.config.seq_len
+    device, seq_len = model.device, model.config.seq_len
     window = list(prompt)[-seq_len:]
     num_given, cache = len(window), model.new_cache(1, seq_len, keeps_experts=read is not None)
     logits = model.next_logits(torch.tensor([window], device=device), cache)
@@ -111,7 +111,7 @@ def generate_many(
         is_over: returns whether a non-empty text ends for another reason.
         anybody: takes whether this rank continues; returns whether any rank does.
     """
-    device = model.embedding.weight.device
+    device = model.device
     longest = max(map(len, prompts), default=1)
     assert longest + max_new_tokens - 1 <= model.config.seq_len, "positions beyond a row were never learned"
     texts: list[list[int]] = [[] for _ in prompts]

@@ -3,7 +3,7 @@
 # B rows, S tokens in a row, T = B * S, D d_model, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.data.batches.batch import Batch
 from trainer.errors import ConfigError
 from trainer.models.block import Block
+from trainer.models.blocks import Blocks
 from trainer.models.config import ModelConfig, ShardKeeps
 from trainer.models.kv_cache import Extension, KVCache
 from trainer.models.lora import add_adapters
@@ -43,6 +44,8 @@ class GPTOutput:
     """Statistics of each MoE layer."""
     vocab_z: tuple[float, Tensor] | None = None
     """Coefficient of the z-loss on logits, and their squared logsumexp, summed over all target tokens; None: off."""
+    hidden: Tensor | None = None
+    """(B, S, D) residual stream after the layers that were run, if they are not the last; `row_loss` is 0 then."""
 
     @property
     def loss_sum(self) -> Tensor:
@@ -66,7 +69,7 @@ class GPT(nn.Module):
         if not rows.is_meta:  # there, torch would import its compiler to draw nothing
             nn.init.normal_(rows)
         self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
-        self.blocks = nn.ModuleList(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
+        self.blocks = Blocks(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.vocab_size, bias=False)
         if config.lora is not None:
@@ -82,13 +85,29 @@ class GPT(nn.Module):
         self.row_parts: RowParts | None = None
         """Shows whole rows, where a batch has a part of each; None: rows are whole."""
 
-    def forward(self, batch: Batch, options: RoutingOptions = _DEFAULTS, *, want_logits: bool = False) -> GPTOutput:
-        """Return the losses of a micro-batch, its logits if `want_logits`, and its MoE statistics."""
+    def forward(
+        self,
+        batch: Batch,
+        options: RoutingOptions = _DEFAULTS,
+        *,
+        want_logits: bool = False,
+        hidden: Tensor | None = None,
+        layers: range | None = None,
+    ) -> GPTOutput:
+        """Return the losses of a micro-batch, its logits if `want_logits`, and its MoE statistics.
+
+        Of some consecutive `layers`, `hidden` (B, S, D) is the residual stream before them, and what is returned is the
+        one after them; the first ones need none, and the last ones return losses.
+        """
         if options.top_k is not None and self.config.moe is not None:
             self.config.moe.check_top_k(options.top_k)
         context = routing_context(batch, options, self.row_parts)
-        # The same in every row; not 0 .. S - 1 in a part of longer rows.
-        hidden, moe = self._hidden(batch.tokens, batch.position[0], context, masks=self._masks(batch))
+        layers = range(self.config.num_layers) if layers is None else layers
+        x = self.embedding(batch.tokens) if hidden is None else hidden
+        # Positions are the same in every row; not 0 .. S - 1 in a part of longer rows.
+        hidden, moe = self._run(x, batch.position[0], context, layers, masks=self._masks(batch))
+        if layers.stop < self.config.num_layers:
+            return GPTOutput(logits=None, row_loss=x.new_zeros(len(x)), moe=moe, hidden=hidden)
         row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
         vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe, vocab_z=vocab_z)
@@ -159,8 +178,25 @@ class GPT(nn.Module):
         )
 
     def moe_layers(self) -> list[MoE]:
-        """Return the MoE layers, in order."""
+        """Return the MoE layers that are here, in order."""
         return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def keep(self, layers: Collection[int]) -> None:
+        """Give up all blocks but some, the embedding without the first one, final norm and head without the last one.
+
+        Whoever has the last one keeps an embedding that is also the head.
+        """
+        self.blocks.keep(layers)
+        is_first, is_last = 0 in layers, self.config.num_layers - 1 in layers
+        if not is_first and not (is_last and self.head is None):
+            del self.embedding
+        if not is_last:
+            del self.norm, self.head
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
 
     def _append(self, tokens: Tensor, cache: KVCache, num_new: Tensor) -> Tensor:
         """Append new tokens to the cache and return their residual stream (B, S, D)."""
@@ -177,29 +213,31 @@ class GPT(nn.Module):
             is_incremental=True,
         )
         # A head dimension of size 1, since each row has its own positions.
-        hidden, moe = self._hidden(tokens, extension.positions[:, None], context, extension=extension)
+        x, every = self.embedding(tokens), range(self.config.num_layers)
+        hidden, moe = self._run(x, extension.positions[:, None], context, every, extension=extension)
         if cache.experts is not None:
             cache.experts.append(experts_of(moe, tokens.shape))
         cache.grow(num_new, at_most=S)
         return hidden
 
-    def _hidden(
+    def _run(
         self,
-        tokens: Tensor,
+        x: Tensor,
         positions: Tensor,
         context: RoutingContext,
+        layers: range,
         *,
         masks: Mapping[int | None, PreparedMask | None] | None = None,
         extension: Extension | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
-        """Return the residual stream (B, S, D) after the last block, and the MoE layers' statistics."""
-        x = self.embedding(tokens)  # (B, S, D)
+        """Return the residual stream (B, S, D) after some blocks, and the statistics of their MoE layers."""
         rotary = rotary_embedding(self.config, positions, x.dtype)
-        moe = []
-        for layer, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
+        moe, num_before = [], sum(layer < layers.start for layer in self.config.moe_layers)
+        for layer, block in self.blocks.numbered(layers):
+            window = self.config.windows[layer]
             extend = None if extension is None else extension.layer(layer, window)
             mask = None if masks is None else masks[window]
-            routing = context.of_layer(len(moe)) if isinstance(block.ffn, MoE) else context
+            routing = context.of_layer(num_before + len(moe)) if isinstance(block.ffn, MoE) else context
             x, stats = block(x, rotary, routing, mask, extend)
             if stats is not None:
                 moe.append(stats)

@@ -55,6 +55,7 @@ def objective(
     global_stats: LossStats | None,
     denominators: Denominators,
     losses: AuxLosses | None,
+    num_moe_layers: int | None = None,
     vocab_z: tuple[float, Tensor] | None = None,
     row_stats: RowStats | None = None,
 ) -> Objective:
@@ -62,6 +63,7 @@ def objective(
 
     Without `global_stats`, losses over the global batch use this micro-batch's sums; without `row_stats`, its rows are
     whole. A dense model has no `losses`.
+    `num_moe_layers` are those of the whole model, if `moe`, `global_stats` and `row_stats` are of some of them.
     `vocab_z` is a coefficient, and the squared logsumexp of the vocabulary's logits summed over target tokens.
     """
     loss = loss_sum / denominators.target_tokens
@@ -72,7 +74,8 @@ def objective(
         extra["vocab_z"] = z_sum.detach() / denominators.target_tokens
     if losses is None or not moe:
         return Objective(total=total, loss=loss.detach(), balance_loss=None, z_loss=None, extra=extra)
-    per_layer_token = 1 / (len(moe) * denominators.routed_tokens)
+    num_moe_layers = num_moe_layers or len(moe)
+    per_layer_token = 1 / (num_moe_layers * denominators.routed_tokens)
     layers = [
         (
             stats,
@@ -85,7 +88,7 @@ def objective(
     if all(stats.prob_sum is not None for stats in moe):
         parts = [balance_loss(stats, losses, global_stats=sums, row_stats=rows) for stats, sums, rows in layers]
         balance = torch.stack(parts).sum() * per_layer_token
-        total = total + losses.balance.coef * convention_scale(losses, num_moe_layers=len(moe)) * balance
+        total = total + losses.balance.coef * convention_scale(losses, num_moe_layers=num_moe_layers) * balance
     if all(stats.z_sum is not None for stats in moe):
         z = torch.stack([z_loss(stats) for stats in moe]).sum() * per_layer_token
         total = total + losses.z_loss_coef * z

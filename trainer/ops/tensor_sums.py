@@ -1,6 +1,6 @@
 """Dataclasses of sums, which are added and all-reduced field by field."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -22,6 +22,10 @@ class TensorSums:
         return replace(
             self, **{name: None if old is None else next(values).to(old.dtype) for name, old in self._values().items()}
         )
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with each sum changed."""
+        return self.with_tensors([change(tensor) for tensor in self.tensors()])
 
     def on_host(self, more: Tensor | None = None) -> tuple[Self, Tensor | None]:
         """Return a copy on the CPU, and one of a further tensor, made at once: a single wait for the device."""

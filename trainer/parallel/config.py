@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 from trainer.config.base import Config, expand_home
 from trainer.config.numbers import Count, Experts, Layers, Ranks, Rows
 from trainer.config.plugins import PluggableFunction
-from trainer.distributed.rank_layout import Degrees
+from trainer.distributed.rank_layout import Degrees, ScheduleName
 from trainer.models.config import Recompute, ShardKeeps
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
 
@@ -46,6 +46,17 @@ class ParallelConfig(Config):
     """With `data: shard`: shard inside groups of N neighbouring ranks, such as those of a node, and replicate between
     them; experts over the ranks of such a group that hold the same ones. Null: over all ranks. Divides the number of
     ranks; divides `ep_size` or is a multiple of it."""
+    pp_size: Ranks | Literal[1] = 1
+    """Pipeline-parallel size: groups of consecutive ranks, each of which has some consecutive layers, a stage; the
+    micro-batches of a step pass through all of them. For models whose weights are too many for the ranks that their
+    rows would fill. Divides the number of ranks; `ep_size`, `shard_size` and `cp_size` then divide that of a stage."""
+    pp_schedule: ScheduleName = "1f1b"
+    """Order of the passes, by torch.distributed.pipelining. `1f1b`: one forward, one backward, so that a stage keeps
+    few micro-batches. `gpipe`: all forward, then all backward. `interleaved_1f1b`: each rank has two stages, which
+    halves the time that ranks wait. `zbv` and `dualpipe_v`: two stages per rank, there and back; gradients of weights
+    are computed with those of activations, so they wait as long as `interleaved_1f1b` does."""
+    pp_layers: list[Layers] | None = None
+    """Layers of each stage, in order. Null: of about the same FLOPs, the head included."""
     cp_size: Ranks | Literal[1] = 1
     """Context-parallel size: neighbouring ranks that share rows, each with 1 / N of the tokens of every row: for rows
     too long for the memory of one. Divides the number of ranks; twice it divides model.seq_len. `ep_size` need not fit
@@ -98,7 +109,14 @@ class ParallelConfig(Config):
     @property
     def degrees(self) -> Degrees:
         """Sizes of the groups that ranks are divided into."""
-        return Degrees(ep_size=self.ep_size, shard_size=self.shard_size, cp_size=self.cp_size)
+        return Degrees(
+            ep_size=self.ep_size,
+            shard_size=self.shard_size,
+            cp_size=self.cp_size,
+            pp_size=self.pp_size,
+            pp_schedule=self.pp_schedule,
+            pp_layers=None if self.pp_layers is None else tuple(self.pp_layers),
+        )
 
     def recompute_of(self, layer: int) -> Recompute:
         """Return what is recomputed of block `layer`."""

@@ -1,6 +1,6 @@
 """Apply a layout to a model: dispatchers, local experts, compilation, initial weights, sharding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal, cast
 
 import torch
@@ -24,6 +24,7 @@ from trainer.ops.expert_ffn import activate
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.expert_placement import ExpertPlacement, named_placement
 from trainer.parallel.memory_budget import inductor_within_budget
+from trainer.parallel.pipeline_stages import pipeline_stages
 from trainer.parallel.ring_attention import RingAttention
 from trainer.parallel.shards import local, shard_index
 from trainer.parallel.shared_rows import SharedRows
@@ -45,6 +46,7 @@ def parallelize(
 
     Without a `seed` the weights have no values.
 
+    0. Layers of other stages of a pipeline are given up.
     1. Every MoE layer gets the configured dispatcher and keeps its local experts: those of `placement`, or of the
        config's.
     2. The head is applied to some tokens at a time, some activations are recomputed, and the operations between matrix
@@ -53,19 +55,22 @@ def parallelize(
     4. Weights are sharded over the ranks that would hold replicas, if configured.
     5. This rank's weights are allocated and initialized.
     """
-    layers = model.moe_layers()
+    if mesh.pp.size > 1:
+        model.keep(pipeline_stages(model.config, model.vocab_size, mesh.layout).layers_of(mesh.pp.index))
+    kept, layers = [layer for layer, _ in model.blocks.numbered()], model.moe_layers()
     num_copies = 0
     if mesh.ep.size > 1:
-        sizes = len(layers), layers[0].experts.num_experts, mesh.ep.size
+        sizes = len(model.config.moe_layers), layers[0].experts.num_experts, mesh.ep.size
         placement = placement or named_placement(config.placement, *sizes, num_copies=config.replicas)
-        _place_experts(layers, placement, mesh)
+        numbers = [number for number, layer in enumerate(model.config.moe_layers) if layer in kept]
+        _place_experts(dict(zip(numbers, layers, strict=True)), placement, mesh)
         num_copies = placement.num_copies
     for moe in layers:
         num_places = moe.experts.num_experts + num_copies * mesh.ep.size
         moe.dispatcher = build_plugin(config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, num_places)
         moe.dispatcher.step_timer = mesh.world.recorder.step_timer
     model.loss_chunk, model.shard_keeps = config.loss_chunk, config.shard_keeps
-    for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
+    for layer, block in model.blocks.numbered():
         block.set_recompute(config.recompute_of(layer))
     choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)
     if mesh.cp.size > 1:
@@ -86,10 +91,13 @@ def parallelize(
     return model
 
 
-def _place_experts(layers: Sequence[MoE], placement: ExpertPlacement, mesh: Mesh) -> None:
-    """Let every MoE layer keep the experts of this rank, number all by their places, and lend those with copies."""
+def _place_experts(layers: Mapping[int, MoE], placement: ExpertPlacement, mesh: Mesh) -> None:
+    """Let every MoE layer keep the experts of this rank, number all by their places, and lend those with copies.
+
+    `layers` are those that are here, by their number among all MoE layers.
+    """
     ranks, me = range(mesh.ep.size), mesh.ep.index
-    for layer, moe in enumerate(layers):
+    for layer, moe in layers.items():
         own, copies = placement.held(layer, me)
         moe.experts.keep(own)
         places = placement.places(layer)
@@ -159,6 +167,7 @@ def compile_glue(model: GPT) -> None:
         is_blocked = block.attention.core_attention is blocked_attention
         backend = inductor_within_budget if is_blocked else "inductor"
         block.compiled_attend = torch.compile(block.attend, dynamic=False, backend=backend)
-    model.compiled_norm = torch.compile(model.norm, dynamic=False)
+    if model.blocks.has(model.config.num_layers - 1):
+        model.compiled_norm = torch.compile(model.norm, dynamic=False)
     for moe in model.moe_layers():
         moe.experts.is_compiled = True

@@ -43,7 +43,7 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
         dtype: of the matrix products. Under bfloat16 the matrices of blocks and experts are gathered in it, since
             autocast and the experts' kernels round them, and the gradient of each micro-batch, to the same values.
     """
-    if mesh.world.size == 1:
+    if mesh.stage.size == 1:
         return model
     dense_mesh, low = mesh.shard.device_mesh(mesh.shard_copies), dtype if dtype is torch.bfloat16 else None
     in_blocks = {p for name, p in model.named_parameters() if parameter_role(name) in ("matrix", "expert")}

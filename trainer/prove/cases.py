@@ -1,15 +1,15 @@
 """Layouts of a proof: ranks, expert parallelism, dispatchers, micro-batches, engines. Imports no torch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from trainer.distributed.rank_layout import ScheduleName
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.models.config import Recompute, ShardKeeps
-from trainer.moe.dispatch.registry import LocalDispatcherConfig, WireOptions
+from trainer.moe.dispatch.registry import WireOptions
 
 MAX_RANKS = 4
 ENGINES = ("native", "deepspeed")
@@ -23,6 +23,8 @@ class Case:
 
     world_size: int = 1
     ep_size: int = 1
+    pp_size: int = 1
+    pp_schedule: ScheduleName = "1f1b"
     cp_size: int = 1
     cp: Literal["ulysses", "ring"] = "ulysses"
     placement: Literal["contiguous", "round_robin"] = "contiguous"
@@ -53,6 +55,7 @@ class Case:
     def name(self) -> str:
         """Name of the layout in the table."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks, ep {self.ep_size}"
+        ranks += f", pp {self.pp_size} {self.pp_schedule}" if self.pp_size > 1 else ""
         ranks += f", cp {self.cp_size} {self.cp}" if self.cp_size > 1 else ""
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
@@ -81,104 +84,6 @@ def reference(config: ExperimentConfig) -> Case:
     return Case(micro_batch_size=config.train.global_batch_size)
 
 
-def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) -> list[Case]:
-    """Return every layout that the config allows, up to four ranks, DeepSpeed's with both stages.
-
-    Without `engines`, only the config's own engine, and its ZeRO stage, are included.
-    """
-    stages: Sequence[int] = (1, 2)
-    if engines is None:
-        engines = [config.engine.kind]
-        stages = [config.engine.zero_stage] if isinstance(config.engine, DeepSpeedEngineConfig) else ()
-    cases = _native_cases(config)
-    found = cases if "native" in engines else []
-    if "deepspeed" in engines:
-        # Dispatchers and engines are independent: one dispatcher is enough.
-        usual = ("all_to_all", 1, None, "replicate", "ulysses")
-        plain = [case for case in cases if (case.dispatcher, case.chunks, case.row_budget, case.data, case.cp) == usual]
-        plain.insert(0, reference(config))
-        found = found + [replace(case, zero_stage=stage) for stage in stages for case in plain]
-    return found
-
-
-def _native_cases(config: ExperimentConfig) -> list[Case]:
-    rows, moe, dispatcher = config.train.global_batch_size, config.model.moe, config.parallel.dispatcher
-    num_experts = 1 if moe is None else moe.num_experts
-    # Halves and single rows; equal for two rows, and none for one row, which is the reference.
-    sizes = [size for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
-    some = config.model.seq_len // 2 + 1  # tokens: chunks of the loss that do not end with rows
-    cases = [
-        Case(micro_batch_size=size, loss_chunk=some, recompute="norms_and_activations")
-        if size == 1
-        else Case(micro_batch_size=size, recompute="experts")
-        for size in sizes
-    ]
-    for world_size in range(2, MAX_RANKS + 1):
-        share = -(-rows // world_size)
-        for ep_size in range(1, min(world_size, num_experts) + 1):
-            if world_size % ep_size:
-                continue
-            degrees = {"world_size": world_size, "ep_size": ep_size}
-            half = Case(**degrees, micro_batch_size=-(-share // 2), loss_chunk=some, recompute="block")
-            cases.append(Case(**degrees, micro_batch_size=share))
-            if share > 1:
-                cases.append(half)
-            cases += [replace(half, **sharding) for sharding in _shardings(degrees)]
-            if ep_size == 1:
-                continue
-            kinds = ["all_gather", "deduplicated_all_to_all"]
-            if moe is not None and moe.capacity.factor is not None:
-                kinds.append("padded_all_to_all")
-            if not isinstance(dispatcher, WireOptions | LocalDispatcherConfig):
-                kinds.append(dispatcher.kind)  # a plug-in
-            cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
-            if num_experts > ep_size:
-                moved = Case(**degrees, placement="round_robin", moves_to="contiguous", micro_batch_size=share)
-                cases += [moved, Case(**degrees, replicas=1, micro_batch_size=share)]
-            if num_experts // ep_size > 1:
-                cases.append(Case(**degrees, chunks=2, micro_batch_size=share, recompute="block"))
-            if moe is not None and moe.router.has_fixed_k and ep_size == world_size:
-                # Steps taken again, or buffers that always suffice.
-                budget = float(ep_size) if ep_size == MAX_RANKS else 1.0
-                cases.append(Case(**degrees, row_budget=budget, micro_batch_size=share))
-            if ep_size == 4:
-                cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
-    cases += _shared_rows(config)
-    if config.train.routing_replay is not None or config.metrics.routing_record is not None:
-        cases += [replace(case, replays=True) for case in cases if case.data == "replicate" and case.chunks == 1]
-    return cases
-
-
-def _shared_rows(config: ExperimentConfig) -> list[Case]:
-    """Return layouts in which ranks share rows: of two and of four, experts over more, fewer or as many ranks."""
-    model, rows = config.model, config.train.global_batch_size
-    most = 1 if model.moe is None else model.moe.num_experts
-    degrees: list[dict[str, Any]] = [
-        {"world_size": 2, "cp_size": 2},
-        {"world_size": 4, "cp_size": 2, "ep_size": 4, "recompute": "block"},
-        {"world_size": 4, "cp_size": 2, "ep_size": 2, "data": "shard"},
-        {"world_size": 4, "cp_size": 4, "ep_size": 2},
-    ]
-    return [
-        Case(**of_ranks, cp=kind, micro_batch_size=-(-rows * of_ranks["cp_size"] // of_ranks["world_size"]))
-        for of_ranks in degrees
-        for kind in ("ulysses", "ring")
-        if of_ranks.get("ep_size", 1) <= most and model.seq_len % (2 * of_ranks["cp_size"]) == 0
-        if kind == "ring" or of_ranks["cp_size"] <= model.num_heads
-    ]
-
-
-def _shardings(degrees: dict[str, int]) -> list[dict[str, Any]]:
-    """Return the ways to shard over these ranks: over all, in groups of two, and what stays whole in a step."""
-    found: list[dict[str, Any]] = [{"data": "shard"}]
-    if degrees["world_size"] == MAX_RANKS:
-        found += [{"data": "shard", "shard_size": 2, "shard_keeps": keeps} for keeps in ("gradients", "nothing")]
-    if degrees == {"world_size": 2, "ep_size": 1}:
-        found.append({"data": "shard", "shard_keeps": "nothing"})
-        found.append({"data": "shard", "shard_keeps": "weights", "deterministic": True})
-    return found
-
-
 def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     """Return the config with another layout."""
     current, kernel = config.parallel.dispatcher, config.parallel.experts_kernel
@@ -190,6 +95,9 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     parallel = {
         **config.parallel.model_dump(),
         "ep_size": case.ep_size,
+        "pp_size": case.pp_size,
+        "pp_schedule": case.pp_schedule,
+        "pp_layers": None,
         "cp_size": case.cp_size,
         "cp": case.cp,
         "placement": case.placement,

@@ -212,8 +212,8 @@ def _disagreements(engine: StepEngine, mesh: Mesh) -> list[str]:
     local = {name: [str((part.start, part.tensor.shape)), _digest(part.tensor)] for name, part in slices.items()}
     gathered = mesh.world.all_gather_objects(local)
     differing = []
-    for name in slices:
-        replicas = [tuple(parts[name]) for parts in gathered]
+    for name in dict.fromkeys(name for parts in gathered for name in parts):
+        replicas = [tuple(parts[name]) for parts in gathered if name in parts]
         if len(set(replicas)) > len({place for place, _ in replicas}):
             differing.append(name)
     return differing

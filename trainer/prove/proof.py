@@ -13,7 +13,8 @@ from trainer.distributed.rank_layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import all_cases, in_dtype, labels, reference, without_repeated_options
+from trainer.prove.all_cases import all_cases
+from trainer.prove.cases import in_dtype, labels, reference, without_repeated_options
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.progress import LayoutProgress

@@ -54,6 +54,8 @@ def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable
         ranks_per_node=case.ranks_per_node,
         shard_size=case.shard_size,
         cp_size=case.cp_size,
+        pp_size=case.pp_size,
+        pp_schedule=case.pp_schedule,
     )
     mesh = build_mesh(layout, FlightRecorder())
     evidence = collect(config, mesh, steps=steps, replays=case.replays, moves_to=case.moves_to)

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from trainer.engine.base import RoutingSums, StepResult
+from trainer.engine.moe_layers import MoELayers
 from trainer.evaluation.eval_report import EvalReport, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap
 from trainer.metrics.bias_watch import selection_bias
@@ -39,7 +42,7 @@ def log_step(
     if getattr(run.config.parallel.dispatcher, "row_budget", None) is not None:
         record["repeated_steps"] = run.engine.repeated_steps
     if routing is not None:
-        biases = selection_bias(layer.router for layer in run.engine.model.moe_layers())
+        biases = _biases(run)
         routing, biases = routing.on_host(biases)
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
         experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
@@ -65,6 +68,16 @@ def log_step(
     run.console.step(record)
     for line in lines:
         run.console.warning(line)
+
+
+def _biases(run: RunState) -> Tensor | None:
+    """Return the selection biases of all MoE layers (L, E); None without any. Collective."""
+    model, pp = run.engine.model, run.mesh.pp
+    biases = selection_bias(layer.router for layer in model.moe_layers())
+    if biases is None or pp.size == 1:
+        return biases
+    here = MoELayers.of(model.config, [layer for layer, _ in model.blocks.numbered()])
+    return pp.all_reduce_(here.placed(biases))
 
 
 def _replay_metrics(run: RunState, routing: RoutingSums) -> tuple[dict[str, float], dict[str, Any]] | None:

@@ -8,12 +8,12 @@ import torch
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
+from trainer.engine.numerics import NumericsConfig
 from trainer.engine.registry import NativeEngineConfig
-from trainer.engine.step import NumericsConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.config import ModelConfig
-from trainer.models.freeze import freeze_parameters, frozen_names, rate_factors
+from trainer.models.freeze import check_rate_factors, freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
 from trainer.models.parameter_patterns import selected
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
@@ -37,7 +37,7 @@ def meta_model(config: ExperimentConfig, num_ids: int) -> GPT:
     with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
         model = GPT(config.model, num_ids, experts_kernel=kernel)
     freeze_parameters(model, frozen_names(model, config.train.freeze))
-    rate_factors(model, config.train.lr_scale)  # refused before there are weights
+    check_rate_factors(model, config.train.lr_scale)  # refused before there are weights
     return model
 
 

@@ -37,6 +37,7 @@ from trainer.models.flops import model_size
 from trainer.models.freeze import frozen_router_warning
 from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.parallel.expert_placement import ExpertPlacement
+from trainer.parallel.pipeline_stages import check_micro_batches
 from trainer.routing_record.replayed_rows import ReplayedRows
 from trainer.routing_record.sequence_rows import RecordedSequences
 from trainer.trackers.base import JsonlTracker, Trackers
@@ -122,6 +123,9 @@ def check_ranks(config: ExperimentConfig, folder: RunFolder, mesh: Mesh, device:
     if different := differences_across_ranks(mesh.world, values):
         raise ConfigError("\n".join(f"{line}; all ranks need the same config and versions" for line in different))
     check_shared(folder, mesh.world)
+    if mesh.layout.pp_size > 1:
+        rows = -(-config.train.global_batch_size // mesh.layout.data_size)
+        check_micro_batches(mesh.layout, -(-rows // config.parallel.micro_batch_size))
     if config.profile is not None:
         config.profile.check_ranks(mesh.layout.world_size)
     with raise_together(mesh.world):  # hosts may have different memory

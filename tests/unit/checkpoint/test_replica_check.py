@@ -72,7 +72,7 @@ def _column(*parts: tuple[int, int, int]) -> torch.Tensor:
 def test_tensors_of_the_same_faulty_rank_are_named_together() -> None:
     wrong_1 = _column((0, 4, 7), (0, 4, 8), (0, 4, 7))
     columns = {f"model.{name}": wrong_1 for name in "abcde"} | {"optim.x": _column((0, 4, 1), (0, 4, 2), (0, 4, 3))}
-    assert _message(columns, 12, 10) == (
+    assert _message(columns, 12, 10, first_rank=0) == (
         "step 12: rank 1 holds another copy of a, b, c and 2 more tensors than ranks 0 and 2; ranks 0, 1 and 2 hold "
         "different copies of optim.x, and which of them is wrong cannot be told; all copies were equal at step 10. "
         "Nothing has been saved since: start the run again; it continues from the last checkpoint; if it happens "
@@ -82,6 +82,6 @@ def test_tensors_of_the_same_faulty_rank_are_named_together() -> None:
 
 def test_each_part_of_a_tensor_is_compared_with_its_own_copies() -> None:
     column = _column((0, 2, 5), (2, 1, 6), (0, 2, 5), (2, 1, 7), (0, 2, 5), (2, 1, 7))
-    said = _message({"model.w_in": column}, 3, 0)
+    said = _message({"model.w_in": column}, 3, 0, first_rank=0)
     assert said.startswith("step 3: rank 1 holds another copy of w_in than ranks 3 and 5; all copies were equal")
     assert said.endswith("of the host of rank 1")

@@ -18,7 +18,7 @@ from trainer.data.corpus import build_corpus
 from trainer.data.sources.base import Source, SourcePart
 from trainer.data.sources.registry import SourceOptions
 from trainer.engine.native import NativeEngine
-from trainer.engine.step import NumericsConfig
+from trainer.engine.numerics import NumericsConfig
 from trainer.errors import ConfigError
 from trainer.moe.build_router import build_router
 from trainer.moe.causality import evaluation_warning, training_warning

@@ -17,7 +17,8 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.router_configs import router_class, router_kinds, select_kinds
 from trainer.moe.routers.registry import ROUTER_MODULES
-from trainer.prove.cases import all_cases, apply_case
+from trainer.prove.all_cases import all_cases
+from trainer.prove.cases import apply_case
 from trainer.prove.small_config import shrink
 
 PACKAGE = Path(__file__).parents[2] / "plugin_router"

@@ -33,6 +33,29 @@ def test_ep_ranks_on_several_whole_nodes_have_neighbours_and_counterparts() -> N
         assert other.nodes_of_ep == 1 and other.ep_inside_ranks() == other.ep_ranks()
 
 
+def test_a_stage_is_a_world_of_its_own_layers() -> None:
+    layout = Layout(world_size=8, rank=6, pp_size=2, ep_size=2, cp_size=2)
+    assert layout.stage_ranks() == [[0, 1, 2, 3], [4, 5, 6, 7]] and layout.stage_size == 4
+    assert (layout.pp_rank, layout.data_rank, layout.data_size, layout.edp_rank) == (1, 1, 2, 1)
+    assert layout.pp_ranks() == [[0, 4], [1, 5], [2, 6], [3, 7]] == layout.tied_ranks()
+    assert layout.ep_ranks() == [[0, 1], [2, 3], [4, 5], [6, 7]] == layout.cp_ranks()
+    assert layout.edp_ranks() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.shard_ranks() == layout.stage_ranks() and [4] in layout.shard_copy_ranks()
+    halves = Layout(world_size=8, pp_size=2, shard_size=2)
+    assert halves.shard_copy_ranks() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    three = Layout(world_size=3, pp_size=3)
+    assert three.tied_ranks() == [[0, 2], [1]]
+    assert Layout(world_size=2, pp_size=2, pp_schedule="zbv").tied_ranks() == [[0], [1]]
+
+
+def test_degrees_divide_the_ranks_of_a_stage() -> None:
+    check_layout(Degrees(pp_size=2, ep_size=2), world_size=4)
+    with pytest.raises(ConfigError, match=r"parallel\.pp_size: 3 does not divide the 4 ranks that were started"):
+        check_layout(Degrees(pp_size=3), world_size=4)
+    with pytest.raises(ConfigError, match=r"ep_size: 4 does not divide the 2 ranks of a stage; use one of 1, 2"):
+        check_layout(Degrees(pp_size=2, ep_size=4), world_size=4)
+
+
 @given(st.integers(0, 50), st.integers(1, 12))
 def test_slices_cover_everything_once_and_differ_by_at_most_one(total: int, parts: int) -> None:
     bounds = even_slices(total, parts)

@@ -7,7 +7,7 @@ import torch
 
 from tests.builders import make_batch, make_engine, make_model, rows_of, tiny_model_config
 from trainer.engine.native import NativeEngine
-from trainer.engine.step import NumericsConfig
+from trainer.engine.numerics import NumericsConfig
 from trainer.moe.routing import RoutingOptions
 from trainer.optim.registry import AdamWConfig
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from trainer.engine.moe_layers import MoELayers
 from trainer.engine.reduce import StepTotals, read_numbers
 from trainer.metrics.device_waits import DeviceWaits
 from trainer.models.gpt import GPTOutput
@@ -27,7 +28,7 @@ def test_totals_add_up_every_part_of_the_objective() -> None:
     for value in (1.0, 2.0, 4.0):
         loss, total, balance, z, further = (torch.tensor(value * scale) for scale in (1, 10, 100, 1000, 10000))
         share = Objective(total=total, loss=loss, balance_loss=balance, z_loss=z, extra={"expert_similarity": further})
-        totals.add(share, GPTOutput(logits=None, row_loss=torch.zeros(2), moe=(_stats(value),)))
+        totals.add(share, GPTOutput(logits=None, row_loss=torch.zeros(2), moe=(_stats(value),)), MoELayers((0,), 1))
     assert totals.balance_loss is not None and totals.z_loss is not None and totals.prob_sum is not None
     found = (totals.loss, totals.objective, totals.balance_loss, totals.z_loss, totals.extra["expert_similarity"])
     assert [float(one) for one in found] == [7.0, 70.0, 700.0, 7000.0, 70000.0]

@@ -9,7 +9,14 @@ import torch
 from tests.builders import latent_attention, tiny_model_config
 from trainer.engine.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.models.freeze import freeze_parameters, frozen_names, frozen_router_warning, is_frozen, rate_factors
+from trainer.models.freeze import (
+    check_rate_factors,
+    freeze_parameters,
+    frozen_names,
+    frozen_router_warning,
+    is_frozen,
+    rate_factors,
+)
 from trainer.models.gpt import GPT
 from trainer.models.parameter_patterns import in_fewer_layers
 
@@ -127,6 +134,7 @@ def test_entries_of_layers_that_are_gone_select_layers_at_the_same_height(entry:
 
 def _factors(model: GPT, factors: dict[str, float], freeze: list[str] | None = None) -> dict[str, float]:
     freeze_parameters(model, frozen_names(model, freeze or []))
+    check_rate_factors(model, factors)
     return rate_factors(model, factors)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.config import RecomputeEveryConfig
-from trainer.prove.cases import ENGINES, all_cases, apply_case, in_dtype, reference
+from trainer.prove.all_cases import all_cases
+from trainer.prove.cases import ENGINES, apply_case, in_dtype, reference
 from trainer.prove.small_config import shrink
 
 

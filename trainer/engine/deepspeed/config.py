@@ -17,7 +17,7 @@ from trainer.engine.deepspeed.passthrough import RunOptions, conflicts, merged
 if TYPE_CHECKING:
     from trainer.distributed.mesh import Mesh
     from trainer.engine.base import Engine
-    from trainer.engine.step import NumericsConfig
+    from trainer.engine.numerics import NumericsConfig
     from trainer.models.gpt import GPT
     from trainer.optim.registry import OptimConfig
 

@@ -21,8 +21,9 @@ from trainer.engine.deepspeed.optimizer import build_optimizer, moments_of, para
 from trainer.engine.deepspeed.partition import ParameterSpan, Partition
 from trainer.engine.deepspeed.start import expert_markers, load_deepspeed, release, single_process_group, start_engine
 from trainer.engine.nonfinite import Findings, is_finite
+from trainer.engine.numerics import NumericsConfig
 from trainer.engine.reduce import square_norm
-from trainer.engine.step import NumericsConfig, StepEngine
+from trainer.engine.step import StepEngine
 from trainer.errors import CheckpointError
 from trainer.models.gpt import GPT
 from trainer.optim.create import MOMENTS, set_rate
@@ -124,10 +125,14 @@ class DeepSpeedEngine(StepEngine):
         """Remove DeepSpeed's hooks and markers from the model, which is otherwise unchanged."""
         self._open.close()
 
-    def _backward(self, objective: Tensor, *, is_last: bool) -> None:
+    def begin_backward(self, *, is_last: bool) -> None:
+        """Announce the next backward pass to DeepSpeed."""
         # Done by DeepSpeed's own forward pass, which is not used.
         self._zero.clear_backward_seen_flag()
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
+
+    def backward(self, objective: Tensor) -> None:
+        """Accumulate a gradient."""
         self._deepspeed._backward_prologue()
         self._deepspeed.backward(objective, scale_wrt_gas=False)
 

@@ -15,7 +15,8 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.optimizer import moments_of, set_steps
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import all_cases, apply_case, without_repeated_options
+from trainer.prove.all_cases import all_cases
+from trainer.prove.cases import apply_case, without_repeated_options
 from trainer.prove.small_config import shrink
 
 

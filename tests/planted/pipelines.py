@@ -1,0 +1,71 @@
+"""Faults of a pipeline: what its stages sum, count and send."""
+
+from tests.planted.fault import in_package
+
+LAW = "tests/laws/test_pipeline.py"
+
+FAULTS = [
+    in_package(
+        "a tied embedding learns from its first use alone",
+        "engine/native.py",
+        "            self.mesh.tied.all_reduce_(local(self._tied.grad))",
+        "            pass",
+        LAW,
+    ),
+    in_package(
+        "a tied embedding is in the norm of two stages",
+        "engine/native.py",
+        "if p is not self._tied or self.mesh.tied.index == 0",
+        "if p is not self._tied or True",
+        LAW,
+    ),
+    in_package(
+        "the balance loss is a mean over the layers of a stage",
+        "engine/step_sums.py",
+        "num_moe_layers=layers.total",
+        "num_moe_layers=len(layers.numbers)",
+        LAW,
+    ),
+    in_package(
+        "the balance loss of a stage teaches nothing",
+        "engine/pipeline.py",
+        "return grad, ctx.one, None, None",
+        "return grad, 0 * ctx.one, None, None",
+        LAW,
+    ),
+    in_package(
+        "a stage clips by its own norm",
+        "engine/step.py",
+        "square, reduced_choices, *rest = all_reduce_packed(parts, self.mesh.world)",
+        "square, reduced_choices, *rest = all_reduce_packed(parts, self.mesh.stage)",
+        LAW,
+    ),
+    in_package(
+        "every stage counts the tokens of a step",
+        "engine/global_stats.py",
+        "if mesh.pp.index > 0:",
+        "if mesh.pp.index > 99:",
+        LAW,
+    ),
+    in_package(
+        "every stage counts the tokens of an evaluation",
+        "engine/step.py",
+        "batch.target_mask.sum() * self.passes.has_last",
+        "batch.target_mask.sum()",
+        LAW,
+    ),
+    in_package(
+        "a stage balances by the counts of the first layers",
+        "engine/step_sums.py",
+        "previous_counts=layers.taken(self.previous_counts)",
+        "previous_counts=self.previous_counts[: len(layers.numbers)]",
+        LAW,
+    ),
+    in_package(
+        "ranks of a pipeline have other rows",
+        "distributed/rank_layout.py",
+        "return self.rank % self.stage_size // self.cp_size",
+        "return self.rank // self.cp_size",
+        "distributed/test_rank_layout.py",
+    ),
+]

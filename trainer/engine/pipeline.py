@@ -1,0 +1,173 @@
+"""Pipeline parallelism: micro-batches pass through stages of the model, one group of ranks after another.
+
+Schedules are those of torch.distributed.pipelining: they decide in which order a rank runs the forward and backward
+passes of its stages and micro-batches, and send the residual stream and its gradient. What is computed is decided here:
+every rank of a column has the rows of its micro-batches, so nothing but the residual stream travels.
+
+    hidden of the stage before -> layers of this stage -> hidden             + the losses of its MoE layers
+    ...                                                -> cross-entropy      of the last stage
+
+The objective is a sum over layers (moe/losses.py), so each stage has its share of it: its backward pass begins with the
+gradient of its hidden output and with a 1 for its share.
+
+# B rows of a micro-batch, S tokens in a row, D d_model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import pipelining
+
+from trainer.data.batches.batch import Batch
+from trainer.distributed.collectives import Group
+from trainer.engine.passes import Gradients, RunLayers, Share, Take
+from trainer.parallel.pipeline_stages import PipelineStages
+
+
+class Pipeline:
+    """The stages of one rank, and the order in which it runs them."""
+
+    def __init__(self, stages: PipelineStages, group: Group, *, width: int, dtype: torch.dtype) -> None:
+        """Create the stages of a member of `group`, whose ranks hold one copy of the model together.
+
+        `width` and `dtype` are those of the residual stream.
+        """
+        self.stages, self._group, self._width, self._dtype = stages, group, width, dtype
+        self._recorder = group.recorder
+        self.mine = stages.of_rank(group.index)
+        """Numbers of the stages here, in the order of the layers."""
+        self.has_last = stages.number - 1 in self.mine
+        self._modules = {number: _Stage(stages.layers[number]) for number in self.mine}
+        self._schedules: dict[tuple[int, int, int], Any] = {}
+
+    def train(self, batches: Sequence[Batch], run: RunLayers, share: Share, gradients: Gradients) -> None:
+        """Run all micro-batches forward and backward, in the order of the schedule."""
+        num_backward = 0
+
+        def begin() -> None:
+            nonlocal num_backward
+            num_backward += 1
+            self._recorder.enter("backward")
+            gradients.begin_backward(is_last=num_backward == len(batches) * len(self.mine))
+
+        def forward(hidden: Tensor | None, number: int, layers: range) -> Tensor:
+            self._recorder.enter("forward")
+            output = run(batches[number], hidden, layers)
+            part = share(output, batches[number], layers)
+            hidden = output.hidden
+            if hidden is None:
+                return _StageOutput.apply(part, part.new_zeros(()), _anchor(part), begin)
+            assert hidden.dtype == self._dtype, f"the residual stream is {hidden.dtype}, not {self._dtype}"
+            return _StageOutput.apply(hidden, part, _anchor(part), begin)
+
+        for module in self._modules.values():
+            module.run = forward
+        shapes = {batch.tokens.shape for batch in batches}
+        assert len(shapes) == 1, f"micro-batches of a step have one shape, not {shapes}"
+        numbers = torch.arange(len(batches))  # on the host: each stage reads its own
+        try:
+            self._schedule(len(batches), *shapes.pop()).step(
+                number=numbers, target=torch.zeros(len(batches)), return_outputs=False
+            )
+        except RuntimeError as error:
+            if error.__cause__ is not None:  # torch wraps what a stage raises
+                raise error.__cause__ from None
+            raise
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], run: RunLayers, take: Take) -> None:
+        """Run all batches forward only, one stage of this rank after another."""
+        kept: dict[tuple[int, int], Tensor] = {}
+        sent = []
+        for stage in self.mine:
+            layers, last = self.stages.layers[stage], self.stages.number - 1
+            for number, batch in enumerate(batches):
+                hidden = None
+                if stage > 0:
+                    source = self.stages.rank_of(stage - 1)
+                    hidden = kept.pop((stage - 1, number), None)
+                    if source != self._group.index:
+                        like = torch.empty(
+                            (*batch.tokens.shape, self._width), dtype=self._dtype, device=batch.tokens.device
+                        )
+                        hidden = self._group.receive(like, source=source)
+                output = run(batch, hidden, layers)
+                take(output, batch, layers)
+                if stage == last:
+                    continue
+                assert output.hidden is not None
+                target = self.stages.rank_of(stage + 1)
+                if target == self._group.index:
+                    kept[stage, number] = output.hidden
+                else:
+                    sent.append(self._group.start_send(output.hidden.contiguous(), target=target))
+        for pending in sent:
+            pending.wait()
+
+    def _schedule(self, num_micro_batches: int, B: int, S: int) -> Any:
+        """Return the schedule of a step; its buffers are kept for the next one of this shape."""
+        key = num_micro_batches, B, S
+        if key not in self._schedules:
+            self._schedules = {key: self._new_schedule(*key)}
+        return self._schedules[key]
+
+    def _new_schedule(self, num_micro_batches: int, B: int, S: int) -> Any:
+        device = self._group.device
+        hidden = torch.empty(B, S, self._width, dtype=self._dtype, device="meta", requires_grad=True)
+        number = torch.empty((), dtype=self._dtype, device="meta")
+        stages = [
+            pipelining.PipelineStage(
+                module,
+                stage,
+                self.stages.number,
+                device,
+                input_args=() if stage == 0 else (hidden,),
+                output_args=(number,) if stage == self.stages.number - 1 else (hidden,),
+                group=self._group.handle,
+                # Experts' nodes compute the gradients of weights with those of their input: nothing is left for later.
+                dw_builder=lambda: lambda: None,
+            )
+            for stage, module in self._modules.items()
+        ]
+        own = self.stages.schedule
+        schedule = getattr(pipelining, own.torch_name)
+        given = stages if own.takes_list else stages[0]
+        return schedule(given, num_micro_batches, loss_fn=lambda share, _: share, scale_grads=False)
+
+
+def _anchor(like: Tensor) -> Tensor:
+    """Return a number that requires a gradient, so that a stage whose weights are all frozen has a backward pass."""
+    return torch.zeros((), device=like.device, requires_grad=True)
+
+
+class _Stage(nn.Module):
+    """Module that torch's schedules run."""
+
+    run: Callable[[Tensor | None, int, range], Tensor]
+
+    def __init__(self, layers: range) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def forward(self, *hidden: Tensor, number: Tensor) -> Tensor:
+        """Run micro-batch `number` (1,)."""
+        return self.run(hidden[0] if hidden else None, int(number), self._layers)
+
+
+class _StageOutput(torch.autograd.Function):
+    """A stage's output. Backward, its share of the objective has a gradient of 1, beside that of the output."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, share: Tensor, anchor: Tensor, begin: Callable[[], None]) -> Tensor:
+        ctx.begin, ctx.one = begin, torch.ones_like(share)
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        ctx.begin()
+        return grad, ctx.one, None, None
