@@ -80,7 +80,8 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
     cases += _shared_rows(config)
     cases += _pipelines(config)
     if config.train.routing_replay is not None or config.metrics.routing_record is not None:
-        cases += [replace(case, replays=True) for case in cases if case.data == "replicate" and case.chunks == 1]
+        whole = [case for case in cases if case.pp_size == 1]  # a stage does not know the experts of others
+        cases += [replace(case, replays=True) for case in whole if case.data == "replicate" and case.chunks == 1]
     return cases
 
 

@@ -118,7 +118,11 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     if case.zero_stage is not None:
         options = config.engine if isinstance(config.engine, DeepSpeedEngineConfig) else DeepSpeedEngineConfig()
         engine = options.model_dump() | {"zero_stage": case.zero_stage}
-    return ExperimentConfig.model_validate({**config.model_dump(), "parallel": parallel, "engine": engine})
+    others = config.model_dump()
+    if case.pp_size > 1 or case.cp_size > 1:  # what only looks, and needs whole rows or all layers
+        others["metrics"] |= {"routing_record": None, "routing_gap_every": None}
+        others["eval"] |= {"tasks": []}
+    return ExperimentConfig.model_validate({**others, "parallel": parallel, "engine": engine})
 
 
 def in_dtype(config: ExperimentConfig, dtype: str) -> ExperimentConfig:
