@@ -23,9 +23,9 @@ from trainer.what_if.prediction import expert_loads
 from trainer.what_if.traced_passes import Trace
 
 TINY = [
-    *("model.num_layers=2", "model.d_model=32", "model.num_heads=2", "model.seq_len=16", "model.moe.d_ff=16"),
+    *("model.num_layers=1", "model.d_model=32", "model.num_heads=2", "model.seq_len=16", "model.moe.d_ff=16"),
     *(
-        "train.global_batch_size=8",
+        "train.global_batch_size=4",
         "--micro-batch",
         "2",
         "--engine",
