@@ -21,7 +21,7 @@ class LayerPattern(NamedTuple):
 
 
 def layer_pattern(config: ExperimentConfig) -> LayerPattern | None:
-    """Return the pattern of a config's layers; None if fewer layers would need another config."""
+    """Return the pattern of a config's layers; None if fewer layers would need another config, or as much work."""
     model, moe = config.model, config.model.moe
     if moe is not None and moe.layers is not None:
         return None
@@ -33,5 +33,5 @@ def layer_pattern(config: ExperimentConfig) -> LayerPattern | None:
     if config.train.freeze or config.train.lr_scale or model.lora is not None:
         return None  # patterns of names may mean single layers
     pattern = LayerPattern(head, period)
-    fits = (model.num_layers - pattern.sizes[0]) % period == 0 and model.num_layers > pattern.sizes[1]
+    fits = (model.num_layers - pattern.sizes[0]) % period == 0 and model.num_layers > sum(pattern.sizes)
     return pattern if fits else None

@@ -4,9 +4,10 @@ import pytest
 
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
-from trainer.plan.layer_pattern import layer_pattern
+from trainer.plan.layer_pattern import LayerPattern, layer_pattern
 from trainer.plan.layouts import RECOMPUTES, PlannedLayout, least_row_bytes
 from trainer.plan.measure_layout import Ranks, measure_layout
+from trainer.plan.step_cost import with_layers
 
 SHAPE = [
     *("model.d_model=16", "model.num_heads=2", "model.seq_len=8", "model.moe.d_ff=16", "model.num_layers=4"),
@@ -14,25 +15,42 @@ SHAPE = [
 ]
 TWO = Ranks(world_size=2, per_node=2, device="cpu")
 CASES = {
-    "alike": ["parallel.data=shard", "parallel.ep_size=2"],
-    "every second, counts of the step before": [
-        *("model.moe.every=2", "parallel.recompute={every: 2}", "parallel.data=shard", "model.num_layers=8"),
-        *("model.moe.balance.counts=previous_step", "train.global_batch_size=6"),  # all of its micro-batches are taken
-    ],
+    "alike": (LayerPattern(0, 1), ["parallel.data=shard", "parallel.ep_size=2"]),
+    "every second, counts of the step before": (
+        LayerPattern(0, 2),
+        [
+            *("model.moe.every=2", "parallel.recompute={every: 2}", "parallel.data=shard", "model.num_layers=8"),
+            # All of its micro-batches are taken.
+            *("model.moe.balance.counts=previous_step", "train.global_batch_size=6"),
+        ],
+    ),
 }
 
 
-@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
-def test_what_is_extrapolated_is_what_the_whole_model_needs(overrides: list[str]) -> None:
-    config = load("configs/quickstart.yaml", [*SHAPE, *overrides], ExperimentConfig)
-    assert layer_pattern(config) is not None, "otherwise nothing is extrapolated"
-    short, whole = measure_layout(config, TWO), measure_layout(config, TWO, whole=True)
+def of_layers(overrides: list[str], *number: int) -> ExperimentConfig:
+    return load(
+        "configs/quickstart.yaml", [*SHAPE, *overrides, *(f"model.num_layers={n}" for n in number)], ExperimentConfig
+    )
+
+
+@pytest.mark.parametrize(("pattern", "overrides"), CASES.values(), ids=CASES)
+def test_what_is_extrapolated_is_what_the_whole_model_needs(pattern: LayerPattern, overrides: list[str]) -> None:
+    config = of_layers(overrides)
+    assert layer_pattern(of_layers(overrides, 48)) == pattern
+    fewer, more = (measure_layout(of_layers(overrides, number), TWO) for number in pattern.sizes)
+    short = with_layers(fewer, more, pattern, config.model.num_layers)
+    whole = measure_layout(config, TWO, whole=True)
     assert (short.weights, short.resident) == (whole.weights, whole.resident)
     assert short.peak == pytest.approx(whole.peak, rel=1e-3)
     for unit in ("calls", "bytes", "messages", "flops"):
         assert short.total(unit) == whole.total(unit), unit
     for unit in ("moved", "operations"):  # sharding prepares something in its first step
         assert short.total(unit) == pytest.approx(whole.total(unit), rel=0.06), unit
+
+
+def test_a_model_of_as_few_layers_as_both_sizes_is_measured_whole() -> None:
+    five, six = (load("configs/quickstart.yaml", [f"model.num_layers={n}"], ExperimentConfig) for n in (5, 6))
+    assert layer_pattern(five) is None and layer_pattern(six) is not None
 
 
 def test_layers_that_have_names_of_their_own_are_not_extrapolated() -> None:
