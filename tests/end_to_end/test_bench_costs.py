@@ -182,7 +182,7 @@ def refused(result: subprocess.CompletedProcess[str], words: str) -> None:
         ("layer --routing traced:runs/nobody", "runs/nobody: no such file"),
         ("layer model.d_model=3", "model.d_model=3: changes a config, and there is none; name one first"),
         ("layer tiny.yaml --tokens 3", "--tokens: is taken from the config; remove it"),
-        ("layer --json nowhere/out.json", "--json: nowhere/out.json is not a file in an existing folder"),
+        ("layer --json nowhere/out.json", "--json: nowhere/out.json: there is no folder nowhere"),
         ("dispatch --ranks 1", "--ranks: 1 ranks cannot share the experts; use 2 to 8"),
         ("dispatch --dispatcher local", "--dispatcher: 'local' is not a dispatcher; use some of all_to_all, "),
         ("dispatch --kernel loop,fused", "--kernel: 'loop,fused' are several; name one"),

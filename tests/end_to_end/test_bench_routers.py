@@ -120,7 +120,10 @@ def refused(result: subprocess.CompletedProcess[str], words: str) -> None:
         ("--run runs/nobody", "runs/nobody: no such file"),
         ("--budget 100", "--budget: goes with --train; remove it"),
         ("train.steps=3", "train.steps=3: changes a config, and there is none without --train"),
-        ("--svg nowhere/out.svg", "--svg: nowhere/out.svg is not a file in an existing folder; correct the path"),
+        (
+            "--svg nowhere/out.svg",
+            "--svg: nowhere/out.svg: there is no folder nowhere; name a file in a folder that exists",
+        ),
         ("--json out --svg ./out", "--svg: out is the file of --json; name another"),
         ("--train tiny.yaml --tokens 3", "--tokens: does not go with --train"),
         ("--train tiny.yaml model.moe=null", "model.moe: null leaves a router nothing to choose between"),

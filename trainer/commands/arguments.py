@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -12,8 +13,9 @@ from trainer.checkpoint.choice import CheckpointChoice, WeightsOf
 from trainer.commands.shipped import as_config
 from trainer.config.base import expand_home
 from trainer.config.nodes import shown
-from trainer.config.numbers import MAX_INT
+from trainer.config.numbers import MAX_INT, MAX_RANKS
 from trainer.distributed.version import turnout_version
+from trainer.errors import ConfigError, ResourceError
 from trainer.terminal import single_line
 
 Subparsers = argparse._SubParsersAction
@@ -41,6 +43,23 @@ def versions() -> str:
 def as_path(text: str) -> Path:
     """Return a path, with ~ expanded: shells leave it in quotes and after an equals sign."""
     return Path(expand_home(text))
+
+
+def check_target(option: str, path: Path | None) -> None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ConfigError(f"{option}: {path}: {problem}; name a file in a folder that exists")
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise ResourceError(f"{option}: {path}: cannot be written: {path.parent} is read-only; name another file")
+
+
+def ranks(text: str) -> int:
+    """Parse a number of ranks."""
+    number = whole(text)
+    if number > MAX_RANKS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_RANKS} ranks, got {shown(text)}")
+    return number
 
 
 def whole(text: str, least: int = 1) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands import bench_costs
-from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, seed, whole
+from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, check_target, seed, whole
 from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
@@ -67,9 +67,7 @@ def _fill_defaults(
     given = {name for name in own if getattr(options, name) is not None}
     vars(options).update({name: default for name, default in own.items() if name not in given})
     for name in ("json", "svg"):
-        path = getattr(options, name)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ConfigError(f"{_flag(name)}: {path} is not a file in an existing folder; correct the path")
+        check_target(_flag(name), getattr(options, name))
     if options.json is not None and options.svg is not None and options.json.resolve() == options.svg.resolve():
         raise ConfigError(f"--svg: {options.svg} is the file of --json; name another")
     return given

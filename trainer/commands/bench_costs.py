@@ -5,7 +5,16 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
-from trainer.commands.arguments import Subparsers, add_command, add_config, add_overrides, as_path, seed, whole
+from trainer.commands.arguments import (
+    Subparsers,
+    add_command,
+    add_config,
+    add_overrides,
+    as_path,
+    check_target,
+    seed,
+    whole,
+)
 from trainer.commands.resolve import existing_run, load_named_config
 from trainer.commands.shipped import as_config, check_name
 from trainer.config.loader import load
@@ -203,8 +212,7 @@ def _common(options: argparse.Namespace, *, own: bool, takes_peers: bool = True)
     among = ["balanced", "skewed", "traced"]
     words = getattr(options, "routing", "own").split(",")
     routings = tuple(Routing.parse(word.strip(), among=["own", *among] if own else among) for word in words)
-    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise ConfigError(f"--json: {options.json} is not a file in an existing folder; correct the path")
+    check_target("--json", options.json)
     return CostOptions(
         rounds=getattr(options, "rounds", 0),
         device=getattr(options, "device", "cpu"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, whole
+from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, check_target, ranks
 from trainer.commands.resolve import existing_run, load_named_config, suggest_prepare
 from trainer.commands.shipped import as_config
 from trainer.config.check_packages import check_packages
@@ -20,7 +20,6 @@ from trainer.doctor.static.registry import STATIC_CHECKS
 from trainer.environment import check_rank_variables, world_size_and_rank
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.runs.recorded_run import is_run
 from trainer.terminal import print_safe
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--static", action="store_true", help="take no step and read no checkpoint: half a second")
     what = "small: shrink the step's model first (auto: if it is too large for this machine)"
     sub.add_argument("--scale", choices=["auto", "full", "small"], default="auto", help=what)
-    sub.add_argument("--world-size", type=whole, metavar="N", help="ranks to train on (WORLD_SIZE, else 1)")
-    sub.add_argument("--ranks-per-node", type=whole, metavar="N", help="ranks of a machine (all, if it is not given)")
+    sub.add_argument("--world-size", type=ranks, metavar="N", help="ranks to train on (WORLD_SIZE, else 1)")
+    sub.add_argument("--ranks-per-node", type=ranks, metavar="N", help="ranks of a machine (all, if it is not given)")
     sub.add_argument("--cluster", action="store_true", help="measure ranks and links; start it by torchrun")
     sub.add_argument("--links", type=as_path, metavar="FILE", help="with --cluster: write what `plan --links` reads")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -53,7 +52,7 @@ def doctor_command(options: argparse.Namespace) -> int:
         return _cluster(options)
     if options.config is None:
         raise ConfigError("doctor: name a config or a run folder, or use --cluster")
-    if not is_run(options.config):
+    if not options.config.is_dir():
         config, diagnosis = load_named_config(options), Diagnosis()
     else:
         config, folder = existing_run(options)
@@ -86,6 +85,8 @@ def _step(config: ExperimentConfig, scale: "Scale") -> Diagnosis:
 
 def _cluster(options: argparse.Namespace) -> int:
     """Measure the cluster; the config, if one is named, says only on which device."""
+    if is_first_rank():
+        check_target("--links", options.links)
     device = "auto" if options.config is None else load_named_config(options).parallel.device
 
     from trainer.doctor.cluster.cluster_lines import cluster_lines

@@ -3,7 +3,7 @@
 import argparse
 from typing import Final
 
-from trainer.commands.arguments import Subparsers, add_command, add_config, as_path, names, whole
+from trainer.commands.arguments import Subparsers, add_command, add_config, as_path, check_target, names, ranks, whole
 from trainer.commands.resolve import load_config_of
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
@@ -18,9 +18,9 @@ def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
     example = "configs/planning/qwen3_30b_a3b.yaml --world-size 64 --gpu H100"
     sub = add_config(add_command(subparsers, "plan", plan_command, example=example))
-    sub.add_argument("--world-size", type=whole, required=True, metavar="N", help="ranks, one for each GPU")
+    sub.add_argument("--world-size", type=ranks, required=True, metavar="N", help="ranks, one for each GPU")
     sub.add_argument("--gpu", required=True, metavar="NAME", help="device, such as H100 or cpu")
-    sub.add_argument("--nodes", type=whole, metavar="M", help="machines that the ranks are on (full ones)")
+    sub.add_argument("--nodes", type=ranks, metavar="M", help="machines that the ranks are on (full ones)")
     sub.add_argument("--memory", type=_positive, metavar="GB", help="memory of a rank (the device's)")
     what = f"rows of the busiest rank's experts, times the mean ({_DEFAULT_IMBALANCE})"
     sub.add_argument("--imbalance", type=_at_least_one, metavar="X", help=what)
@@ -45,6 +45,7 @@ def plan_command(options: argparse.Namespace) -> int:
         raise ConfigError("--imbalance: the trace has its own load; give one of --imbalance and --trace")
     if options.write is not None and options.write.exists():
         raise ConfigError(f"--write: {options.write} exists; name a new file")
+    check_target("--write", options.write)
     gpu = gpu_named(options.gpu)
     links = None if options.links is None else read_links(options.links)
     gpu = gpu if links is None else links.of(gpu)
@@ -105,18 +106,18 @@ def _numbers(text: str) -> list[int]:
 
 
 def _positive(text: str) -> float:
-    return _number(text, above=0)
+    return _number(text, "above 0", above=0)
 
 
 def _at_least_one(text: str) -> float:
-    return _number(text, above=1 - 1e-12)
+    return _number(text, "of at least 1", above=1 - 1e-12)
 
 
-def _number(text: str, *, above: float) -> float:
+def _number(text: str, allowed: str, *, above: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = above
     if not above < value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a number of at least {round(above, 3):g}, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a number {allowed} and below 1e9, got {shown(text)}")
     return value

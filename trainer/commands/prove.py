@@ -2,7 +2,7 @@
 
 import argparse
 
-from trainer.commands.arguments import Subparsers, add_command, add_config, as_path, names, whole
+from trainer.commands.arguments import Subparsers, add_command, add_config, as_path, check_target, names, whole
 from trainer.commands.resolve import load_named_config, suggest_prepare
 from trainer.config.check_packages import check_packages
 from trainer.config.nodes import shown
@@ -33,6 +33,7 @@ def prove_command(options: argparse.Namespace) -> int:
     config = load_named_config(options)
     if not 0 < options.timeout <= _MAX_TIMEOUT_S:
         raise ConfigError(f"prove: use 0 < --timeout <= {_MAX_TIMEOUT_S:.0e}, not {options.timeout:g}")
+    check_target("--json", options.json)
 
     if "deepspeed" in (options.engines or [config.engine.kind]):
         check_packages(DeepSpeedEngineConfig(), at="engine")

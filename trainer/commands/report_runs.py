@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.atomic_io import replace_file
-from trainer.commands.arguments import Subparsers, add_command, as_path, whole
+from trainer.commands.arguments import Subparsers, add_command, as_path, check_target, whole
 from trainer.commands.reported_run import ReportedRun
 from trainer.errors import ConfigError, ResourceError
 from trainer.report.measure_options import MeasureOptions
@@ -38,7 +38,7 @@ def add(subparsers: Subparsers) -> None:
 def report_command(options: argparse.Namespace) -> int:
     """Report what runs learned: loss, routing, and what each expert is for, from their newest checkpoints."""
     for option, path in (("--output", options.output), ("--json", options.json)):
-        _check_target(option, path)
+        check_target(option, path)
     if options.output is not None and options.json is not None and options.output.absolute() == options.json.absolute():
         raise ConfigError(f"--json: {options.json} is the file of the page too; name another one")
     if options.step is not None and len(options.runs) > 1:
@@ -84,13 +84,6 @@ def _write_report(runs: Sequence[ReportedRun], found: Sequence[ReportData], opti
             print(text)
         else:
             _write(options.json, text)
-
-
-def _check_target(option: str, path: Path | None) -> None:
-    """Refuse, before anything is measured, a file that cannot be written."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ConfigError(f"{option}: {path}: {problem}; name a file in a folder that exists")
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from trainer.checkpoint.choice import CheckpointChoice
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.commands.arguments import Subparsers, add_choice, add_command, as_path, choice_of, names, whole
+from trainer.commands.arguments import (
+    Subparsers,
+    add_choice,
+    add_command,
+    as_path,
+    check_target,
+    choice_of,
+    names,
+    whole,
+)
 from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.config.nodes import shown, shown_path
 from trainer.errors import ConfigError
@@ -83,6 +92,8 @@ def what_if_command(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--write-placement: {shown_path(options.write_placement)}: use a name that ends in .json"
             )
+
+        check_target("--write-placement", options.write_placement)
 
     trace, named = options.trace, _named_run(options)
 

@@ -28,8 +28,10 @@ VocabSize = Annotated[int, Field(gt=0, le=2**24)]
 """Rows of an embedding; about 60 times the largest known."""
 Experts = Annotated[int, Field(gt=0, le=2**20)]
 """Experts or groups of experts; PEER (arXiv 2407.04153) has a million."""
-Ranks = Annotated[int, Field(gt=1, le=2**20)]
-"""Several ranks; more than the largest known clusters have GPUs."""
+MAX_RANKS: Final = 2**20
+"""More than the largest known clusters have GPUs."""
+Ranks = Annotated[int, Field(gt=1, le=MAX_RANKS)]
+"""Several ranks."""
 ExtraExperts = Annotated[int, Field(ge=0, le=2**20)]
 """Optional experts: shared or null ones."""
 Rows = Annotated[int, Field(gt=0, le=2**24)]

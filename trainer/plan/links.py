@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trainer.config.nodes import shown_path
+from trainer.config.nodes import shown, shown_path
+from trainer.config.numbers import MAX_RANKS
 from trainer.doctor.cluster.cluster_evidence import COLLECTIVES
 from trainer.errors import ConfigError
 from trainer.plan.gpus import Gpu
@@ -47,15 +48,16 @@ def read_links(path: Path) -> Links:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror or error}{advice}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: is not JSON: {error}{advice}") from None
     try:
         if found["schema"] != SCHEMA:
-            raise ConfigError(f"{where}: has schema {found['schema']}, and this version reads {SCHEMA}{advice}")
-        needs = ("all_reduce", "all_to_all") if found["ranks"] > 1 else ()  # one rank has no links
+            raise ConfigError(f"{where}: has schema {shown(found['schema'])}, and this version reads {SCHEMA}{advice}")
+        ranks = _ranks(found["ranks"])
+        needs = ("all_reduce", "all_to_all") if ranks > 1 else ()  # one rank has no links
         curves = {name: _curve(found[name]) if name in needs or found.get(name) else () for name in COLLECTIVES}
         return Links(
-            ranks=int(found["ranks"]),
+            ranks=ranks,
             **curves,
             flops=_positive(found["matmul_flops_per_s"]),
             bandwidth=_positive(found["memory_bytes_per_s"]),
@@ -83,8 +85,13 @@ def _curve(points: Any) -> list[tuple[float, float]]:
     return curve
 
 
+def _ranks(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= MAX_RANKS:
+        raise ValueError(f"ranks is {shown(value)}, not 1 to {MAX_RANKS}")
+    return value
+
+
 def _positive(value: Any) -> float:
-    number = float(value)
-    if not 0 < number < 1e30:
-        raise ValueError(f"{number} is not a positive number")
-    return number
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{shown(value)} is not a positive number")
+    return float(value)

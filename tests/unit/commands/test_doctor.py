@@ -9,7 +9,7 @@ from tests.run_folders import make_run
 from trainer.cli import parse_command_line
 from trainer.doctor.cluster.measure_cluster import Workload
 from trainer.doctor.host_facts import HostFacts
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +51,16 @@ def test_a_run_is_examined_by_its_folder(
     run = make_run(tmp_path / "runs/sick", losses=[3.0])
     (run / "alarms.jsonl").write_text(json.dumps({"alarm": "plateau", "state": "rings", "message": "flat"}) + "\n")
     assert doctor(str(run), "--static") == 1
-    assert "alarm plateau: flat" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "alarm plateau: flat" in said and "without --static every byte of them is" in said
+    with pytest.raises(CheckpointError, match=r"runs: has no config.yaml, so it is not a run folder; train first"):
+        doctor(str(tmp_path / "runs"), "--static")
 
 
 def test_a_step_that_cannot_be_taken_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor("moe_1b") == 0
-    assert "note: no step was taken: corpus/**/*.jsonl.gz" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: no step was taken: corpus/**/*.jsonl.gz" in said and "small copy" not in said
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,34 @@ def test_generate_names_the_wrong_option(options: list[str], message: str, capsy
     assert refused(capsys, "generate", "runs/x", *options) == message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "smoke", "--gpu", "H100", "--world-size", "8", "--write"], "--write"),
+        (["doctor", "--cluster", "--links"], "--links"),
+        (["prove", "smoke", "--json"], "--json"),
+        (["what-if", "t", "--ep-size", "2", "--write-placement"], "--write-placement"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "no" / "x.json"
+    said = refused(capsys, *arguments, str(file))
+    assert said == f"{message}: {file}: there is no folder {file.parent}; name a file in a folder that exists\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--world-size", "1000000000000"], "--world-size: must be at most 1048576 ranks, got '1000000000000'"),
+        (["--world-size", "8", "--memory", "0"], "--memory: must be a number above 0 and below 1e9, got '0'"),
+    ],
+)
+def test_plan_says_which_numbers_it_takes(option: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, "plan", "smoke", "--gpu", "H100", *option)
+
+
 def test_folders_without_a_run_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,12 +43,19 @@ def test_times_are_between_the_measured_ones(tmp_path: Path) -> None:
     [
         ({"schema": 2}, "has schema 2, and this version reads 1"),
         ({"all_to_all": []}, "a collective has no measurement"),
-        ({"matmul_flops_per_s": -1}, "-1.0 is not a positive number"),
+        ({"matmul_flops_per_s": 10**400}, "is not a positive number"),
+        ({"memory_bytes_per_s": True}, "true is not a positive number"),
+        ({"ranks": 0}, "ranks is 0, not 1 to 1048576"),
+        ({"ranks": 1e300}, r"ranks is 1e\+300, not"),
+        ({"matmul_flops_per_s": -1}, "-1 is not a positive number"),
         ({"all_reduce": [{"bytes": 1}]}, "'seconds'"),
     ],
 )
 def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_links(written(tmp_path / "links.json", **changes))
+    (tmp_path / "links.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="is not JSON: maximum recursion depth"):
+        read_links(tmp_path / "links.json")
     with pytest.raises(ConfigError, match="No such file or directory; write one by turnout doctor --cluster"):
         read_links(tmp_path / "absent.json")

@@ -10,5 +10,5 @@ from trainer.doctor.recorded.run_evidence import read_run
 
 def diagnose_run(path: Path, *, verifies: bool) -> Diagnosis:
     """Return what is found in a run's folder; `verifies`: every byte of its checkpoints is read."""
-    notes = [] if verifies else ["checkpoints were not read; --full reads every byte of them"]
+    notes = [] if verifies else ["checkpoints were not read; without --static every byte of them is"]
     return Diagnosis.of(RUN_CHECKS, read_run(path, environment_info(), verifies=verifies), notes=notes)

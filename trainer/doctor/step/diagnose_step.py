@@ -34,15 +34,13 @@ def diagnose_step(config: ExperimentConfig, layout: Layout, *, scale: Scale) -> 
 
     On one rank, a step that cannot be taken here is a note: the machine that trains may be another.
     """
-    notes = list[str]()
+    notes, reason = list[str](), None
     if config.init_from is not None:
         notes.append("the step was taken from the initial values of the seed, not from init_from")
     try:
         device = runtime.start(config.parallel.device)
-        if scale == "auto" and (reason := _is_too_large(config, layout, device)):
-            notes.append(f"the step was one of a small copy, --scale full takes it of the model itself: {reason}")
-            scale = "small"
-        config = shrink(config) if scale == "small" else config
+        reason = _is_too_large(config, layout, device) if scale == "auto" else None
+        config = shrink(config) if scale == "small" or reason else config
         with joined(layout, device, timeout_s=config.parallel.timeout_s) as mesh:
             evidence = measure_step(config, mesh, device, warn=notes.append)
             found = Diagnosis.of((*STEP_CHECKS, *TEXT_CHECKS), evidence)
@@ -51,7 +49,9 @@ def diagnose_step(config: ExperimentConfig, layout: Layout, *, scale: Scale) -> 
         if layout.world_size > 1:
             raise
         remedy = "; --scale small takes one of a small copy" if isinstance(error, ResourceError) else ""
-        return Diagnosis(notes=[*notes, f"no step was taken: {error}{remedy}"])
+        return Diagnosis(notes=[f"no step was taken: {error}{remedy}"])
+    if reason:
+        notes.append(f"the step was one of a small copy, --scale full takes it of the model itself: {reason}")
     if layout.world_size > 1:
         notes.append(_unseen(config))
     return replace(found, notes=notes)
