@@ -4,6 +4,7 @@
     python -m tests.chaos.run --release             the numbers that docs/reliability.md states
     python -m tests.chaos.run --only kills --seed 3
     python -m tests.chaos.run --engine zero1        under DeepSpeed
+    python -m tests.chaos.run --beside pp           with stages; cp: with shared rows
 
 Ends with 1 if anything was lost, hung or undetected, or a negative control was not noticed.
 """
@@ -15,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -45,6 +47,12 @@ from trainer.engine.deepspeed.start import load_deepspeed
 
 LAYOUTS = [(1, 1), (2, 2), (4, 4), (4, 2)]
 """Ranks and ep_size."""
+BESIDE = {
+    "none": (),
+    "cp": ("parallel.cp_size=2", "parallel.cp=ring"),
+    "pp": ("parallel.pp_size=2", "parallel.ep_size=1"),
+}
+"""Further degrees of every run, of at least two ranks."""
 
 
 @dataclass(slots=True)
@@ -65,7 +73,7 @@ class Result:
         )
 
 
-def scenarios(*, release: bool, seed: int) -> dict[str, list[Trial]]:
+def scenarios(*, release: bool, seed: int, layouts: Sequence[tuple[int, int]] = LAYOUTS) -> dict[str, list[Trial]]:
     """Return the trials of every scenario."""
     draw = random.Random(seed)
     kills = all_kills() if release else _some(draw, all_kills(), 14)
@@ -78,7 +86,7 @@ def scenarios(*, release: bool, seed: int) -> dict[str, list[Trial]]:
             for kill in (kills_around_the_best() if release else _some(random.Random(seed), kills_around_the_best(), 2))
         ],
         "kills at random": [
-            Trial(f"seed {seed + i}", killed_at_random, (num_random["kills"], seed + i, LAYOUTS[i % len(LAYOUTS)]))
+            Trial(f"seed {seed + i}", killed_at_random, (num_random["kills"], seed + i, layouts[i % len(layouts)]))
             for i in range(num_random["runs"])
         ],
         "stops at random": [Trial(f"seed {seed + i}", stopped, (seed + i,)) for i in range(stops)],
@@ -105,14 +113,14 @@ _lane: TrialWorker
 """Of this process, which runs one trial at a time."""
 
 
-def _open_worker(folder: Path, engine: str) -> None:
+def _open_worker(folder: Path, engine: str, beside: str) -> None:
     global _lane
     torch.set_num_threads(1)
-    if engine == "native":
-        _lane = TrialWorker(folder)
-    else:
+    overrides: tuple[str, ...] = BESIDE[beside]
+    if engine != "native":
         load_deepspeed(torch.device("cpu"))  # once: every rank is a fork
-        _lane = TrialWorker(folder, ("engine.kind=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}"))
+        overrides += ("engine.kind=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}")
+    _lane = TrialWorker(folder, overrides)
 
 
 def _undisturbed() -> Known:
@@ -148,7 +156,7 @@ def _workers(options: argparse.Namespace, folder: Path) -> Executor:
     """Fork processes that run trials, before this one computes anything (see RankForker)."""
     context = multiprocessing.get_context("fork")
     return ProcessPoolExecutor(
-        options.workers, mp_context=context, initializer=_open_worker, initargs=(folder, options.engine)
+        options.workers, mp_context=context, initializer=_open_worker, initargs=(folder, options.engine, options.beside)
     )
 
 
@@ -168,6 +176,7 @@ def main() -> int:
     parser.add_argument(
         "--engine", choices=["native", "zero1", "zero2"], default="native", help="of every run (native)"
     )
+    parser.add_argument("--beside", choices=list(BESIDE), default="none", help="further degrees of every run (none)")
     parser.add_argument("--workers", type=int, default=3, help="trials side by side (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON as well")
     options = parser.parse_args()
@@ -175,7 +184,8 @@ def main() -> int:
     print("| scenario | trials | as it must be | figures | time |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, _workers(options, Path(folder)) as pool:
         known = pool.submit(_undisturbed).result()
-        for name, trials in scenarios(release=options.release, seed=options.seed).items():
+        layouts = LAYOUTS if options.beside == "none" else LAYOUTS[1:]
+        for name, trials in scenarios(release=options.release, seed=options.seed, layouts=layouts).items():
             chosen = [trial for trial in trials if options.trial in trial.name]
             if chosen and any(text in name for text in options.only or [""]):
                 results.append(run_scenario(name, chosen, pool, known))

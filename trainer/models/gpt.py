@@ -82,6 +82,7 @@ class GPT(nn.Module):
         """What stays whole between the micro-batches of a step, if weights are sharded."""
         self.mask_form: MaskForm = "dense"
         """Form in which the blocks' kernel of attention takes a mask."""
+        self.elsewhere = set[str]()  # weights and buffers that were given up
         self.row_parts: RowParts | None = None
         """Shows whole rows, where a batch has a part of each; None: rows are whole."""
 
@@ -182,16 +183,18 @@ class GPT(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def keep(self, layers: Collection[int]) -> None:
-        """Give up all blocks but some, the embedding without the first one, final norm and head without the last one.
+        """Give up all blocks but some, the embedding without the first, final norm and head without the last.
 
-        Whoever has the last one keeps an embedding that is also the head.
+        An embedding that is also the head stays with the last.
         """
+        whole = set(self.state_dict())
         self.blocks.keep(layers)
         is_first, is_last = 0 in layers, self.config.num_layers - 1 in layers
         if not is_first and not (is_last and self.head is None):
             del self.embedding
         if not is_last:
             del self.norm, self.head
+        self.elsewhere = whole - set(self.state_dict())
 
     @property
     def device(self) -> torch.device:

@@ -82,7 +82,7 @@ def load_state(
     check_model(checkpoint, config.model.model_dump(mode="json"), stored=stored_model)
     check_tokenizer(checkpoint, fingerprint=tokenizer.fingerprint)
     wanted = engine.wanted()
-    check_fits(checkpoint, wanted)
+    check_fits(checkpoint, wanted, elsewhere=engine.model.elsewhere)
     with StoredTensors(checkpoint.path, checkpoint.manifest) as tensors:
         engine.load_state(tensors.like(wanted))
     return stored

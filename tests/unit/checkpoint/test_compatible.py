@@ -62,6 +62,15 @@ def _learning(*, is_frozen: bool, has_moments: bool) -> TrainState:
     return TrainState(slices=slices | {name: Slice.whole(TENSORS["model.a"]) for name in moments})
 
 
+def test_what_other_ranks_have_may_be_missing(tmp_path: Path) -> None:
+    names = ["model.a", "optim.exp_avg.a", "optim.exp_avg_sq.a", "ema.a", "model.b"]
+    save(tmp_path, 5, _state(dict.fromkeys(names, torch.ones(3))), {})
+    found, mine = find(CheckpointFolder(tmp_path), 5), _state({"model.b": torch.ones(3)})
+    check_fits(found, mine, elsewhere={"a"})
+    with pytest.raises(CheckpointError, match=r"it has ema\.a, which this model does not"):
+        check_fits(found, mine, elsewhere={"b"})
+
+
 def test_moments_may_be_missing_only_where_the_weight_is_frozen(tmp_path: Path) -> None:
     learning, frozen = _learning(is_frozen=False, has_moments=True), _learning(is_frozen=True, has_moments=False)
     lost = _learning(is_frozen=False, has_moments=False)

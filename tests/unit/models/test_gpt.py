@@ -228,3 +228,26 @@ def test_rows_beyond_the_ids_are_scored_and_never_generated(tied: bool) -> None:
 def test_fewer_rows_than_ids_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size: 31 rows, and the tokenizer has 32 ids; use at least"):
         make_model(tiny_model_config(vocab_size=31), vocab_size=32)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_parts_of_a_model_are_disjoint_and_know_what_they_lack(tie: bool) -> None:
+    config = tiny_model_config(num_layers=3, tie_embeddings=tie)
+    whole = set(make_model(config).state_dict())
+    parts = [make_model(config) for _ in range(3)]
+    for layer, part in enumerate(parts):
+        part.keep([layer])
+        assert set(part.state_dict()) | part.elsewhere == whole and not set(part.state_dict()) & part.elsewhere
+    names = [name for part in parts for name in part.state_dict()]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice == ({"embedding.weight"} if tie else set()) and set(names) == whole
+
+
+def test_layers_one_after_another_are_the_whole_model() -> None:
+    model, batch = make_model(tiny_model_config(num_layers=3)), make_batch(2, 8)
+    expected = model(batch)
+    first = model(batch, layers=range(0, 1))
+    second = model(batch, hidden=first.hidden, layers=range(1, 3))
+    assert first.loss_sum == 0 and first.hidden is not None and second.hidden is None
+    assert torch.equal(second.row_loss, expected.row_loss)
+    assert [len(part.moe) for part in (first, second)] == [1, 2]
