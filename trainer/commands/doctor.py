@@ -48,6 +48,9 @@ def doctor_command(options: argparse.Namespace) -> int:
     check_rank_variables()
     if options.links is not None and not options.cluster:
         raise ConfigError("--links: is written by --cluster; add it")
+    started = options.world_size or world_size_and_rank()[0]
+    if (options.ranks_per_node or 1) > started:
+        raise ConfigError(f"--ranks-per-node: {options.ranks_per_node} of {started} ranks; give --world-size too")
     if options.cluster:
         return _cluster(options)
     if options.config is None:

@@ -43,7 +43,7 @@ def add(subparsers: Subparsers) -> None:
     what = "contiguous, round_robin, greedy or balanced (from this trace), or a JSON file (contiguous)"
     sub.add_argument("--placement", type=names, metavar="A,B", default=["contiguous"], help=what)
     what = "copies of other ranks' experts on each rank, as parallel.replicas (0)"
-    sub.add_argument("--replicas", type=whole, metavar="N", default=0, help=what)
+    sub.add_argument("--replicas", type=_copies, metavar="N", default=0, help=what)
     what = "write the balanced placement over the one --ep-size, for parallel.placement"
     sub.add_argument("--write-placement", type=as_path, metavar="FILE", help=what)
     what = f"what sends: {', '.join(DISPATCHERS)} (all_to_all)"
@@ -55,6 +55,10 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--run", type=as_path, metavar="RUN", help=what)
     add_choice(sub)
     sub.add_argument("--json", action="store_true", help="print the predictions as one JSON object")
+
+
+def _copies(text: str) -> int:
+    return whole(text, least=0)
 
 
 def _numbers(text: str) -> list[int]:

@@ -57,6 +57,14 @@ def test_plan_says_which_numbers_it_takes(option: list[str], message: str, capsy
     assert message in refused(capsys, "plan", "smoke", "--gpu", "H100", *option)
 
 
+def test_a_command_that_a_message_names_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a placement with copies where none are wanted."""
+    options = ["--ep-size", "2", "--replicas", "0", "--write-placement", "no/x.json"]
+    assert "--write-placement: no/x.json: there is no folder no" in refused(capsys, "what-if", "t", *options)
+    said = refused(capsys, "doctor", "smoke", "--static", "--ranks-per-node", "8")
+    assert said == "--ranks-per-node: 8 of 1 ranks; give --world-size too\n"
+
+
 def test_folders_without_a_run_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
     "unfit_ranks": [
         {"overrides": [*CUDA, "parallel.ep_size=3"], "host": NODE},
         {"overrides": [*CUDA, "parallel={data: shard, shard_size: 3}"], "host": NODE},
+        {"overrides": ["parallel.ep_size=2", "parallel.placement=absent.json"]},
     ],
     "idle_ranks": [
         {"overrides": [*CUDA, "train.global_batch_size=4"], "host": NODE},

@@ -8,6 +8,7 @@ from trainer.doctor.finding import Sign
 from trainer.doctor.static.config_on_host import ConfigCheck, ConfigOnHost
 from trainer.errors import ConfigError
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
+from trainer.parallel.expert_placement import named_placement
 
 _TILE = 128
 """Rows and columns of a tile of grouped products on Hopper and Blackwell."""
@@ -73,6 +74,13 @@ def _unchecked_kernel(subject: ConfigOnHost) -> Iterator[Sign]:
 
 def _unfit_ranks(subject: ConfigOnHost) -> Iterator[Sign]:
     parallel, ranks = subject.config.parallel, subject.host.world_size
+    moe, layers = subject.config.model.moe, len(subject.config.model.moe_layers)
+    if moe is not None and parallel.ep_size > 1:
+        try:
+            sizes = layers, moe.num_experts, parallel.ep_size
+            named_placement(parallel.placement, *sizes, num_copies=parallel.replicas)
+        except ConfigError as error:
+            yield Sign(str(error), "name a file that fits, or use parallel.placement: auto")
     if ranks == 1:
         return  # started alone, or not known yet
     try:
