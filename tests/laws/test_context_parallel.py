@@ -104,7 +104,7 @@ def local_ranks() -> Iterator[LocalRanks]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    sentence = "It was a bright cold day in April. "
+    sentence = "Rain. "  # several documents in a row
     rows = [{"text": f"{n}: {sentence * (n % 3)}", "gain": (0, 0.3, 1, 2.25)[n % 4]} for n in range(60)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -1,5 +1,6 @@
 """Law: a fake step needs the bytes, and sends the messages, that the same step on real ranks does."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -30,7 +31,11 @@ OF_TWO = {
     "padded": ["parallel.ep_size=2", "model.moe.capacity.factor=1.5", "parallel.dispatcher.kind=padded_all_to_all"],
     "ZeRO 2": ["engine={kind: deepspeed, zero_stage: 2}", "parallel.ep_size=2"],
 }
-OF_FOUR = {"copies of shards": ["parallel.data=shard", "parallel.shard_size=2", "parallel.ep_size=2"]}
+OF_FOUR = {
+    "copies of shards": ["parallel.data=shard", "parallel.shard_size=2", "parallel.ep_size=2"],
+    "rows shared by heads": ["parallel.cp_size=2", "parallel.ep_size=4", "model.moe.balance.scope=sequence"],
+    "rows shared in a ring": ["parallel.cp_size=4", "parallel.cp=ring", "parallel.recompute=block"],
+}
 
 
 def config_of(overrides: list[str], router: str = BY_NUMBER) -> ExperimentConfig:
@@ -42,7 +47,7 @@ def real_steps(cases: list[list[str]], router: str = BY_NUMBER) -> list[ProbedSt
     for overrides in cases:
         config = config_of(overrides, router)
         own = config.parallel
-        mesh = mesh_here(ep_size=own.ep_size, shard_size=own.shard_size, recorder=WindowRecorder())
+        mesh = mesh_here(**asdict(own.degrees), recorder=WindowRecorder())
         steps.append(probe_step(config, mesh, torch.device("cpu"), ProbeOptions(num_ids=256, seed=1)))
     return steps
 
@@ -50,7 +55,7 @@ def real_steps(cases: list[list[str]], router: str = BY_NUMBER) -> list[ProbedSt
 def fake_one(overrides: list[str], world_size: int, router: str = BY_NUMBER, **more: Any) -> ProbedStep:
     config = config_of(overrides, router)
     own = config.parallel
-    layout = Layout(world_size=world_size, ep_size=own.ep_size, shard_size=own.shard_size)
+    layout = Layout(world_size=world_size, **asdict(own.degrees))
     with fake_mesh(layout) as mesh, fake_tensors(load_of(config, own.ep_size, 1.0)):
         return probe_step(config, mesh, torch.device("cpu"), ProbeOptions(num_ids=256, **more))
 

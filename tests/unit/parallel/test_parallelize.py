@@ -9,11 +9,13 @@ import torch
 from tests import imported_once
 from tests.builders import make_model, tiny_model_config
 from tests.launched_ranks import ROOT
+from trainer.distributed.mesh import Mesh
+from trainer.errors import ConfigError
 from trainer.models.block import Block
 from trainer.ops import block_attention
 from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.ops.block_attention import flex
-from trainer.parallel.parallelize import choose_attention
+from trainer.parallel.parallelize import choose_attention, share_rows
 
 
 def _held(layout: dict[str, Any], model: dict[str, Any], *device: str) -> dict[str, int]:
@@ -65,3 +67,15 @@ def test_documents_are_kept_apart_by_a_kernel_that_stores_no_scores(
     choose_attention(model, torch.device(device), torch.bfloat16, is_compiled=is_compiled)
     kernels = {block.attention.core_attention for block in model.blocks if isinstance(block, Block)}
     assert (kernels, model.mask_form) == ({expected[0]}, expected[1])
+
+
+def test_a_router_that_looks_ahead_and_does_not_see_whole_rows_is_refused() -> None:
+    model = make_model(tiny_model_config())
+    share_rows(model, Mesh.of_one(), kind="ring")
+    assert model.row_parts is not None and model.mask_form == "rule"
+    router = model.moe_layers()[0].router
+    router.__class__ = type("LooksAhead", (type(router),), {"causal": "within_sequence"})
+    with pytest.raises(ConfigError, match="LooksAhead is not strictly causal and does not declare sees_whole_rows"):
+        share_rows(model, Mesh.of_one(), kind="ulysses")
+    type(router).sees_whole_rows = True
+    share_rows(model, Mesh.of_one(), kind="ulysses")
