@@ -50,4 +50,18 @@ FAULTS = [
         "each <= _RUSHED * free",
         STATIC,
     ),
+    _fault(
+        "doctor counts rows that fill up a batch as padding of the text",
+        "doctor/step/measure_step.py",
+        "int(batch.valid.any(1).sum()) *",
+        "len(batch.valid) *",
+        RANKS,
+    ),
+    _fault(
+        "the bias of a frozen router is blamed for not moving",
+        "doctor/step/measure_step.py",
+        "None if is_frozen(router) else getattr",
+        "getattr",
+        STEP,
+    ),
 ]

@@ -52,4 +52,18 @@ FAULTS = [
         "scores.append(output.scores[:, : trace.num_ranked])",
         "training/test_trace_run.py",
     ),
+    in_package(
+        "a rank never copies another expert",
+        "parallel/copy_experts.py",
+        "        yield from self._other_copies(top, rank)\n",
+        "",
+        "parallel/test_copy_experts.py",
+    ),
+    in_package(
+        "the memory of copies is not counted",
+        "training/memory.py",
+        "local_ranks * (state + activations + replicas + batch)",
+        "local_ranks * (state + activations + batch)",
+        "training/test_memory.py",
+    ),
 ]
