@@ -41,7 +41,7 @@ def dense_gradients_not_summed() -> None:
     whole = GradientReducer.__init__
 
     def wrong(self: GradientReducer, parameters: Sequence[torch.nn.Parameter], group: Group) -> None:
-        whole(self, parameters, Group.of_one() if group.name == "world" else group)
+        whole(self, parameters, Group.of_one() if group.name == "stage" else group)
 
     GradientReducer.__init__ = wrong  # type: ignore[method-assign]
 

@@ -65,7 +65,7 @@ def test_every_combination_is_predicted_and_what_cannot_be_is_refused(
     assert "give one --ep-size" in said(["what-if", trace, "--write-placement", file], capsys, code=2)
     nowhere = str(tmp_path / "no" / "p.json")
     options = ["what-if", trace, "--ep-size", "2", "--write-placement", nowhere]
-    assert "cannot be written: No such file" in said(options, capsys, code=7)
+    assert "there is no folder" in said(options, capsys, code=2)
     assert said(["eval", str(run), "--json", "--record", str(tmp_path / "r")], capsys)
     assert "without scores, not a trace" in said(["what-if", str(tmp_path / "r")], capsys, code=3)
     path = next((tmp_path / "t").glob("*.safetensors"))
