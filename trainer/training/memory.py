@@ -38,7 +38,8 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     """Refuse a training run that cannot fit into this machine's memory, before allocating anything.
 
     Counts only what must be in memory at once: weights, gradients and moments, one micro-batch's activations, weights
-    that copies of experts are sent and, on a CPU, the rows of a step.
+    that copies of experts are sent and, on a CPU, the rows of a step. Of a pipeline's stages, some need at least the
+    mean of all.
 
     Raises:
         ResourceError: with the largest part and the keys that lower it.
@@ -65,6 +66,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
     activations = size // 2 * values // layout.cp_size  # may be bfloat16
     replicas = size // 2 * weights.expert * (config.parallel.replicas if layout.ep_size > 1 else 0)
+    state, activations, replicas = (part // layout.pp_size for part in (state, activations, replicas))
     batch = _BATCH_BYTES * rows_per_rank * model.seq_len // layout.cp_size if device.type == "cpu" else 0
     local_ranks = layout.ranks_per_node if device.type == "cpu" else 1
     needed, available = local_ranks * (state + activations + replicas + batch), total_memory(device)

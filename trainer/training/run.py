@@ -134,12 +134,13 @@ class RunState:
 
     def layout_record(self) -> dict[str, int | str]:
         """Return the layout as JSON values."""
-        placement, cp_size = self.config.parallel.placement, self.mesh.layout.cp_size
+        placement, layout = self.config.parallel.placement, self.mesh.layout
         return {
-            "world_size": self.mesh.layout.world_size,
-            "ep_size": self.mesh.layout.ep_size,
+            "world_size": layout.world_size,
+            "ep_size": layout.ep_size,
             "data": self.config.parallel.data,
             "engine": self.config.engine.kind,
-            **({} if cp_size == 1 else {"cp_size": cp_size}),
+            **({} if layout.cp_size == 1 else {"cp_size": layout.cp_size}),
+            **({} if layout.pp_size == 1 else {"pp_size": layout.pp_size}),
             **({} if placement == "contiguous" else {"placement": placement}),
         }

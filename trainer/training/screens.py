@@ -48,7 +48,8 @@ def header(run: RunState) -> list[Line]:
         lines.append(("average", f"of the weights (train.ema), {copied}"))
     if layout.world_size > 1:
         rows = f", rows over {layout.cp_size}" if layout.cp_size > 1 else ""
-        lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}{rows}"))
+        stages = f", layers over {layout.pp_size}" if layout.pp_size > 1 else ""
+        lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}{rows}{stages}"))
     if isinstance(config.engine, DeepSpeedEngineConfig):
         lines.append(("engine", f"DeepSpeed, ZeRO {config.engine.zero_stage}"))
     if chain := ancestors(run.folder, run.parent):

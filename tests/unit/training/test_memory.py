@@ -70,6 +70,11 @@ CASES = {
         Layout(world_size=8, ep_size=2, shard_size=4),
         16 * (DENSE // 4 + 3 * EXPERT // 2) + 2 * ROWS + 50 * 32,
     ),
+    "in two stages": (
+        _config(parallel={"micro_batch_size": 4, "ep_size": 2, "pp_size": 2}),
+        Layout(world_size=4, ep_size=2, pp_size=2),
+        16 * (DENSE + 3 * EXPERT) // 2 + 2 * 4 * ROWS // 2 + 50 * 4 * 32,
+    ),
     "a larger vocabulary": (
         _config(data={"tokenizer": {"kind": "bpe", "vocab_size": 512}}),
         Layout(),
