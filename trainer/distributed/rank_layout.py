@@ -45,6 +45,11 @@ class Degrees:
     pp_layers: tuple[int, ...] | None = None
     """Layers of each stage; None: of about the same cost."""
 
+    @classmethod
+    def of(cls, source: object) -> "Degrees":
+        """Return the sizes that a section of a config or a layout has, by their names."""
+        return Degrees(**{field.name: getattr(source, field.name) for field in fields(Degrees)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout(Degrees):
@@ -57,7 +62,7 @@ class Layout(Degrees):
     @property
     def degrees(self) -> Degrees:
         """The sizes alone, equal on all ranks."""
-        return Degrees(**{field.name: getattr(self, field.name) for field in fields(Degrees)})
+        return Degrees.of(self)
 
     @property
     def data_rank(self) -> int:

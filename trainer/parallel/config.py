@@ -55,7 +55,7 @@ class ParallelConfig(Config):
     few micro-batches. `gpipe`: all forward, then all backward. `interleaved_1f1b`: each rank has two stages, which
     halves the time that ranks wait. `zbv` and `dualpipe_v`: two stages per rank, there and back; gradients of weights
     are computed with those of activations, so they wait as long as `interleaved_1f1b` does."""
-    pp_layers: list[Layers] | None = None
+    pp_layers: tuple[Layers, ...] | None = None
     """Layers of each stage, in order. Null: of about the same FLOPs, the head included."""
     cp_size: Ranks | Literal[1] = 1
     """Context-parallel size: neighbouring ranks that share rows, each with 1 / N of the tokens of every row: for rows
@@ -109,14 +109,7 @@ class ParallelConfig(Config):
     @property
     def degrees(self) -> Degrees:
         """Sizes of the groups that ranks are divided into."""
-        return Degrees(
-            ep_size=self.ep_size,
-            shard_size=self.shard_size,
-            cp_size=self.cp_size,
-            pp_size=self.pp_size,
-            pp_schedule=self.pp_schedule,
-            pp_layers=None if self.pp_layers is None else tuple(self.pp_layers),
-        )
+        return Degrees.of(self)
 
     def recompute_of(self, layer: int) -> Recompute:
         """Return what is recomputed of block `layer`."""

@@ -1,6 +1,7 @@
 """Run one layout: in this process, or on local ranks."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch.distributed as dist
 
@@ -50,12 +51,8 @@ def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable
     layout = Layout(
         world_size=case.world_size,
         rank=dist.get_rank(),
-        ep_size=case.ep_size,
         ranks_per_node=case.ranks_per_node,
-        shard_size=case.shard_size,
-        cp_size=case.cp_size,
-        pp_size=case.pp_size,
-        pp_schedule=case.pp_schedule,
+        **asdict(config.parallel.degrees),
     )
     mesh = build_mesh(layout, FlightRecorder())
     evidence = collect(config, mesh, steps=steps, replays=case.replays, moves_to=case.moves_to)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import Degrees
 from trainer.engine.numerics import NumericsConfig
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError
@@ -185,13 +187,6 @@ def numerics(config: ExperimentConfig) -> NumericsConfig:
 
 def single_process(config: ExperimentConfig) -> ExperimentConfig:
     """Return the config for one process that only evaluates: no parallelism, the native engine."""
-    parallel = config.parallel.model_copy(
-        update={
-            "ep_size": 1,
-            "cp_size": 1,
-            "data": "replicate",
-            "shard_size": None,
-            "dispatcher": LocalDispatcherConfig(),
-        }
-    )
+    alone = {**asdict(Degrees()), "data": "replicate", "dispatcher": LocalDispatcherConfig()}
+    parallel = config.parallel.model_copy(update=alone)
     return config.model_copy(update={"parallel": parallel, "engine": NativeEngineConfig()})
