@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.coverage import AVERAGE, MOMENTS, WEIGHT, is_average, is_moment, weight_of
+from trainer.checkpoint.coverage import WEIGHT, is_average, is_moment, weight_of
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.manifest import StoredTensor, run_record_problems
 from trainer.checkpoint.state import TrainState
@@ -28,7 +28,7 @@ def check_fits(found: CheckpointHandle, mine: TrainState, *, elsewhere: Set[str]
     averages = [set(filter(is_average, names)) for names in (saved, mine.slices)]
     if not all(averages):  # train.ema was turned on or off since; a part of them is never missing
         optional |= set.union(*averages)
-    optional |= {name for name in saved if name.removeprefix(_prefix(name)) in elsewhere}
+    optional |= {name for name in saved if weight_of(name).removeprefix(WEIGHT) in elsewhere}
     names = sorted((saved.keys() | mine.slices.keys()) - optional)
     differences = [text for name in names if (text := _difference(name, saved.get(name), mine)) is not None]
     _refuse(found.path, differences)
@@ -73,11 +73,6 @@ def check_record(found: CheckpointHandle) -> None:
 def abridged(fingerprint: object) -> str:
     """Return the first characters of a fingerprint from an untrusted file, safe to print."""
     return "".join(c if c.isalnum() else "?" for c in str(fingerprint)[:12])
-
-
-def _prefix(name: str) -> str:
-    """Return what is before the name of a weight or buffer, in that of a tensor of a state."""
-    return next((prefix for prefix in (WEIGHT, *MOMENTS, AVERAGE) if name.startswith(prefix)), "")
 
 
 def _state_of_one(frozen: Set[str], has: Iterable[str], lacks: Container[str]) -> set[str]:

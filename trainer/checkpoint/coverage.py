@@ -48,9 +48,9 @@ def is_average(name: str) -> bool:
 
 
 def weight_of(name: str) -> str:
-    """Return the weight that a moment or an average belongs to, both by their names in a state."""
-    prefix = next(prefix for prefix in (*MOMENTS, AVERAGE) if name.startswith(prefix))
-    return WEIGHT + name.removeprefix(prefix)
+    """Return the weight that a moment or an average belongs to, by their names in a state; else the name itself."""
+    prefix = next((prefix for prefix in (*MOMENTS, AVERAGE) if name.startswith(prefix)), None)
+    return name if prefix is None else WEIGHT + name.removeprefix(prefix)
 
 
 def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
