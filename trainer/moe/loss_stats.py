@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,7 +16,16 @@ from trainer.ops.tensor_sums import TensorSums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossStats(TensorSums):
+class _LayerSums(TensorSums):
+    """Base class of sums whose first dimension counts layers."""
+
+    def layer(self, i: int) -> Self:
+        """Return the sums of one layer."""
+        return self.mapped(lambda part: part[i])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossStats(_LayerSums):
     """Sums over a set of tokens, without gradient; without the leading L for a single layer."""
 
     counts: Tensor
@@ -34,13 +44,9 @@ class LossStats(TensorSums):
             load=_stacked([stats.load for stats in moe]),
         )
 
-    def layer(self, i: int) -> "LossStats":
-        """Return the sums (E,) of one layer."""
-        return self.with_tensors([part[i] for part in self.tensors()])
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowStats(TensorSums):
+class RowStats(_LayerSums):
     """Sums over the tokens of each row of a micro-batch, without gradient; without the leading L for a single layer."""
 
     counts: Tensor
@@ -61,10 +67,6 @@ class RowStats(TensorSums):
             importance=_stacked_rows([stats.importance for stats in moe]),
             load=_stacked_rows([stats.load for stats in moe]),
         )
-
-    def layer(self, i: int) -> "RowStats":
-        """Return the sums of one layer."""
-        return self.with_tensors([part[i] for part in self.tensors()])
 
 
 def choice_counts(stats: MoEStats, balance: BalanceConfig) -> Tensor:

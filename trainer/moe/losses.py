@@ -121,8 +121,9 @@ def extra_losses(
                 value, step_sums = getattr(stats, term.name), getattr(global_stats, term.name, None)
                 rows = None if row_stats is None else (getattr(row_stats, term.name), row_stats.tokens)
                 if value is not None:
-                    sums = {"step_sums": step_sums, "routed_tokens": n_g, "rows": rows}
-                    value = cv_squared_loss(value, stats.tokens, scope=scope, **sums)
+                    value = cv_squared_loss(
+                        value, stats.tokens, scope=scope, step_sums=step_sums, routed_tokens=n_g, rows=rows
+                    )
             case "device_balance":
                 value = device_balance_loss(stats, losses, global_stats=global_stats, row_stats=row_stats)
             case "diversity":
