@@ -96,9 +96,9 @@ def real_steps(path: str, overrides: Sequence[str], cases: Sequence[Case]) -> li
 
 
 def _real_step(own: ExperimentConfig, by_number: ExperimentConfig, case: Case) -> Measured:
-    counted = _config(by_number, case)
+    counted = config_of_layout(by_number, case.layout)
     step = probe_step(counted, mesh_of(*case, WindowRecorder()), _CPU, ProbeOptions(num_ids=num_ids_of(own), seed=1))
-    config, mesh = _config(own, case), mesh_of(*case, FlightRecorder())
+    config, mesh = config_of_layout(own, case.layout), mesh_of(*case, FlightRecorder())
     model = build_parallel_model(config, ByteTokenizer(), mesh, _CPU, warn=print)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     engine.held()
@@ -116,16 +116,15 @@ def _real_step(own: ExperimentConfig, by_number: ExperimentConfig, case: Case) -
     return Measured(cost_of(step), allocated, counts[0] or [])
 
 
-def _config(config: ExperimentConfig, case: Case) -> ExperimentConfig:
-    applied = case.layout.applied(config)
-    assert applied is not None, "such layouts are not listed"
+def config_of_layout(config: ExperimentConfig, layout: PlannedLayout) -> ExperimentConfig:
+    """Return a config under a layout that it can have, with a kernel of CPUs."""
+    applied = layout.applied(config)
+    assert applied is not None, "other layouts are not listed"
     return runnable(applied, "cpu")
 
 
 def mesh_of(world_size: int, per_node: int, planned: PlannedLayout, recorder: FlightRecorder) -> Mesh:
     """Return the mesh of this rank."""
-    if world_size == 1:
-        return Mesh.of_one(recorder)
     layout = Layout(
         world_size=world_size,
         rank=dist.get_rank(),
@@ -153,9 +152,9 @@ class Row(NamedTuple):
 def row_of(own: ExperimentConfig, by_number: ExperimentConfig, case: Case, real: Sequence[Measured]) -> Row:
     """Return a layout's row from what its ranks measured."""
     ranks = Ranks(world_size=case.world_size, per_node=case.per_node, device="cpu")
-    even = measure_layout(_config(by_number, case), ranks)
+    even = measure_layout(config_of_layout(by_number, case.layout), ranks)
     is_split, shares = case.layout.ep_size > 1, real[0].counts
-    loaded = measure_layout(_config(own, case), replace(ranks, shares=shares)) if is_split else even
+    loaded = measure_layout(config_of_layout(own, case.layout), replace(ranks, shares=shares)) if is_split else even
     return Row(
         name=case.name,
         planned=even.peak,

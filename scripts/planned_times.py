@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from scripts.planned_memory import be_quiet, mesh_of
+from scripts.planned_memory import be_quiet, config_of_layout, mesh_of
 from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed import runtime
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.experiment import ExperimentConfig
-from trainer.plan.fake_step import num_ids_of, runnable
+from trainer.plan.fake_step import num_ids_of
 from trainer.plan.gpus import gpu_named
 from trainer.plan.layouts import PlannedLayout
 from trainer.plan.links import read_links
@@ -70,7 +70,7 @@ def timed_steps(path: str, overrides: Sequence[str], layouts: Sequence[PlannedLa
     device, world = runtime.start("cpu"), dist.get_world_size()
     own, steps = load(path, overrides, ExperimentConfig), []
     for layout in layouts:
-        config = _config(own, layout)
+        config = config_of_layout(own, layout)
         mesh = mesh_of(world, world, layout, FlightRecorder())
         model = build_parallel_model(config, ByteTokenizer(), mesh, device, warn=print)
         engine = config.engine.build(model, config.optim, numerics(config), mesh)
@@ -88,12 +88,6 @@ def timed_steps(path: str, overrides: Sequence[str], layouts: Sequence[PlannedLa
     for engine, _ in steps:
         engine.close()
     return times
-
-
-def _config(own: ExperimentConfig, layout: PlannedLayout) -> ExperimentConfig:
-    config = layout.applied(own)
-    assert config is not None, "those above are possible"
-    return runnable(config, "cpu")
 
 
 def _slowest(of_ranks: Sequence[Timed]) -> Timed:
@@ -135,7 +129,7 @@ def main() -> None:
             options.times.write_text(json.dumps(measured))
     own, links = load(options.config, options.overrides, ExperimentConfig), read_links(options.links)
     gpu, ranks = links.of(gpu_named("cpu")), Ranks(world_size=world, per_node=world, device="cpu")
-    costs = (measure_layout(_config(own, layout), ranks) for layout in layouts)
+    costs = (measure_layout(config_of_layout(own, layout), ranks) for layout in layouts)
     modelled = [step_time(cost, gpu, ranks_per_node=world, links=links) for cost in costs]
     medians = [statistics.median(seconds) for seconds, _ in measured]
     places = zip(_places([model.total for model in modelled]), _places(medians), strict=True)

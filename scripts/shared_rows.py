@@ -78,13 +78,9 @@ def measure_time(layout: Shared, seq_len: int) -> float:
 
 
 def _mesh(layout: Shared) -> Mesh:
-    recorder = WindowRecorder()
-    if layout.cp_size == 1:
-        return Mesh.of_one(recorder)
-    here = Layout(
-        world_size=layout.cp_size, rank=dist.get_rank(), cp_size=layout.cp_size, ranks_per_node=layout.cp_size
-    )
-    return build_mesh(here, recorder)
+    size = layout.cp_size
+    here = Layout(world_size=size, rank=dist.get_rank(), cp_size=size, ranks_per_node=size)
+    return build_mesh(here, WindowRecorder())
 
 
 def main() -> int:

@@ -217,7 +217,7 @@ def build_mesh(
     group of a kind either all or none, as all groups of a kind have one size. `timeout` is that of the default group.
     """
     if layout.world_size == 1:
-        return Mesh.of_one()
+        return Mesh.of_one(recorder)
     everyone = list(range(layout.world_size))
     handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(everyone): dist.group.WORLD}
 
