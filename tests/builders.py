@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import Layout, even_slice
 from trainer.engine.config import EMAConfig
 from trainer.engine.native import NativeEngine
 from trainer.engine.numerics import NumericsConfig
@@ -105,6 +107,14 @@ def make_packed_batch(
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Return a range of sequences of a batch."""
     return Batch(**{name: tensor[start:stop] for name, tensor in batch.tensors().items()})
+
+
+def share_of(whole: Batch, layout: Layout, num_pieces: int) -> list[Batch]:
+    """Return a rank's rows of a step, in the same number of micro-batches of the same size on every rank."""
+    rows = len(whole.tokens)
+    size = -(-rows // layout.data_size // num_pieces)
+    mine = pad_rows(rows_of(whole, *even_slice(rows, layout.data_size, layout.data_rank)), size * num_pieces)
+    return [rows_of(mine, i * size, (i + 1) * size) for i in range(num_pieces)]
 
 
 def tiny_model_config(moe: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:

@@ -4,12 +4,14 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.ranks import Ranks
+from trainer.prove.pool import LocalRanks
 
 torch.set_num_threads(1)
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, and each imports torch
@@ -56,6 +58,13 @@ def ranks() -> Iterator[Ranks]:
     processes = Ranks()
     yield processes
     processes.close()
+
+
+@pytest.fixture(scope="module")
+def local_ranks() -> Iterator[LocalRanks]:
+    """Processes that run layouts of a proof, shared by the tests of a module."""
+    with closing(LocalRanks()) as processes:
+        yield processes
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Law: ranks that share rows learn what one process learns: losses, every gradient, norms, weights, routers' biases."""
 
 import json
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -93,12 +91,6 @@ FOR: dict[str, list[str]] = {
     "some tokens pass": ["2 ranks"],
 }
 CASES = [(model, layout) for model in MODELS for layout in FOR.get(model, ["4 ranks share rows"])]
-
-
-@pytest.fixture(scope="module")
-def local_ranks() -> Iterator[LocalRanks]:
-    with closing(LocalRanks()) as processes:
-        yield processes
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
+from tests.builders import make_batch, make_engine, make_packed_batch, share_of, tiny_model_config
 from tests.ranks import Ranks
 from tests.registries import DISPATCHERS, ROUTERS, router_sections
 from trainer.checkpoint.state import TrainState
-from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, build_mesh
-from trainer.distributed.rank_layout import Layout, even_slice
+from trainer.distributed.rank_layout import Layout
 from trainer.engine.native import NativeEngine
 from trainer.moe.dispatch.registry import ExchangeOptions
 from trainer.parallel.config import ParallelConfig
@@ -90,10 +89,7 @@ def _share(step: int, layout: Layout, num_pieces: int, *, is_packed: bool) -> li
         whole = make_batch(
             ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1, repeats=step % 4 in (1, 2)
         )
-    first, end = even_slice(ROWS, layout.world_size, layout.rank)
-    size = -(-ROWS // layout.world_size // num_pieces) if num_pieces > 1 else -(-ROWS // layout.world_size)
-    mine = pad_rows(rows_of(whole, first, end), size * num_pieces)
-    return [rows_of(mine, i * size, (i + 1) * size) for i in range(num_pieces)]
+    return share_of(whole, layout, num_pieces)
 
 
 def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int, is_packed: bool) -> dict[str, Any]:

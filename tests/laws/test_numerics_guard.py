@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.builders import make_batch, make_engine, share_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from tests.registries import DISPATCHERS, LEARNED_ROUTERS
 from trainer.checkpoint.replica_check import check_copies
-from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.rank_layout import Layout, even_slice, format_ranks
+from trainer.distributed.rank_layout import Layout, format_ranks
 from trainer.engine.native import NativeEngine
 from trainer.errors import DivergedError, NumericsError
 from trainer.parallel.config import ParallelConfig
@@ -44,8 +43,7 @@ def _engine(mesh: Mesh, **parallel: Any) -> NativeEngine:
 
 def _share(step: int, layout: Layout) -> list[Batch]:
     whole = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
-    first, end = even_slice(ROWS, layout.world_size, layout.rank)
-    return [pad_rows(rows_of(whole, first, end), -(-ROWS // layout.world_size))]
+    return share_of(whole, layout, 1)
 
 
 def _bits(engine: NativeEngine) -> dict[str, Any]:

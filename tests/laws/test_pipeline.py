@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.builders import make_batch, make_engine, share_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
-from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
-from trainer.distributed.rank_layout import Layout, even_slice
+from trainer.distributed.rank_layout import Layout
 from trainer.parallel.config import ParallelConfig
 from trainer.prove.gather import gather_state
 
@@ -31,10 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def _share(step: int, layout: Layout) -> list[Batch]:
     """This rank's rows of a step, in the same number of micro-batches on every rank."""
     whole = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
-    first, end = even_slice(ROWS, layout.stage_size, layout.rank % layout.stage_size)
-    size = -(-ROWS // layout.stage_size // PIECES)
-    mine = pad_rows(rows_of(whole, first, end), size * PIECES)
-    return [rows_of(mine, i * size, (i + 1) * size) for i in range(PIECES)]
+    return share_of(whole, layout, PIECES)
 
 
 def train(layout: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Law: any config learns on any ranks what one process learns, in text full of repeated tokens too (the short form)."""
 
 import random
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,6 @@ from trainer.prove.pool import LocalRanks
 NUMBERS = (0, 4, 5, 6, 7, 8, 12, 13, 21, 63, 135)
 """Eleven of the 200 that `python -m tests.random_configs` compares: most that decide a row together, 63 and 135 by
 a transport plan that is even; 6 weighs its documents, 21 replays experts."""
-
-
-@pytest.fixture(scope="module")
-def local_ranks() -> Iterator[LocalRanks]:
-    with closing(LocalRanks()) as processes:
-        yield processes
 
 
 @pytest.fixture(scope="module")
