@@ -69,7 +69,7 @@ class GlobalStats:
                 parts.append(local.mapped(MoELayers.of(config, layers).placed))
 
         passes.evaluate(batches, run, take)
-        return self.all_reduce(parts)
+        return self._all_reduce(parts)
 
     def count_tokens(self, batches: Sequence[Batch], mesh: Mesh) -> Denominators:
         """Count the target and routed tokens of the whole step, over all ranks."""
@@ -104,11 +104,11 @@ class GlobalStats:
         if self._losses is None or local is None:
             return None
         if prepass is None and self._needs_exact_sums:
-            prepass = self.all_reduce([local])  # this is the only micro-batch
+            prepass = self._all_reduce([local])  # this is the only micro-batch
         counts = {"previous_step": previous_counts, "running": choices}.get(self._losses.balance.counts)
         return prepass if counts is None else replace(prepass or local, counts=counts)
 
-    def all_reduce(self, parts: Sequence[LossStats]) -> LossStats | None:
+    def _all_reduce(self, parts: Sequence[LossStats]) -> LossStats | None:
         """Sum over the micro-batches of all ranks; None without MoE layers."""
         if not parts:
             return None

@@ -44,10 +44,8 @@ class NativeEngine(StepEngine):
         scale_rates(self.optimizer, {p: self.rate_factors[name] for name, p in self.learning.items()})
         self._dense = [p for name, p in self.learning.items() if name not in self.expert_numbers]
         self._experts = [p for name, p in self.learning.items() if name in self.expert_numbers]
-        tied = (
-            self.learning.get("embedding.weight") if model.config.tie_embeddings and self.mesh.tied.size > 1 else None
-        )
-        self._tied = tied
+        is_on_two_stages = model.config.tie_embeddings and self.mesh.tied.size > 1
+        self._tied = self.learning.get("embedding.weight") if is_on_two_stages else None
         """Weight of the embedding here and of the head on another stage, or the other way round."""
         self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)

@@ -48,7 +48,7 @@ class StepEngine(Engine):
         self.rate_factors = rate_factors(model, numerics.lr_scale)
         self.losses = None if self.moe_config is None else self.moe_config.aux_losses
         self.global_stats = GlobalStats(self.losses, mesh.stage, mesh.cp)
-        self.moe_layers = MoELayers.of(model.config, {layer for layer, _ in model.blocks.numbered()})
+        self.moe_layers = MoELayers.of(model.config, model.blocks.numbers)
         """The MoE layers that are here."""
         self.passes = self._passes(model)
         name_of = {p: name for name, p in self.learning.items()}
@@ -72,6 +72,7 @@ class StepEngine(Engine):
     def gradients(self) -> TrainState:
         """Return the unclipped gradients of the whole step, by parameter name."""
 
+    @abstractmethod
     def begin_backward(self, *, is_last: bool) -> None:
         """Prepare the next backward pass; during the last one of a step the all-reduce can start."""
 

@@ -15,9 +15,10 @@ class Blocks(nn.ModuleList):
         """Give up all blocks but some; these keep their names."""
         self._modules = {name: block for name, block in self._modules.items() if int(name) in layers}
 
-    def has(self, layer: int) -> bool:
-        """Return whether a block is here."""
-        return str(layer) in self._modules
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of those that are here, in order."""
+        return [int(name) for name in self._modules]
 
     def numbered(self, layers: Collection[int] | None = None) -> Iterator[tuple[int, Block]]:
         """Yield number and block of those that are here, or that are here and in `layers`."""

@@ -234,13 +234,13 @@ class GPT(nn.Module):
         extension: Extension | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Return the residual stream (B, S, D) after some blocks, and the statistics of their MoE layers."""
-        rotary = rotary_embedding(self.config, positions, x.dtype)
-        moe, num_before = [], sum(layer < layers.start for layer in self.config.moe_layers)
+        rotary, windows = rotary_embedding(self.config, positions, x.dtype), self.config.windows
+        moe, before = [], sum(layer < layers.start for layer in self.config.moe_layers)
         for layer, block in self.blocks.numbered(layers):
-            window = self.config.windows[layer]
+            window = windows[layer]
             extend = None if extension is None else extension.layer(layer, window)
             mask = None if masks is None else masks[window]
-            routing = context.of_layer(num_before + len(moe)) if isinstance(block.ffn, MoE) else context
+            routing = context.of_layer(before + len(moe)) if isinstance(block.ffn, MoE) else context
             x, stats = block(x, rotary, routing, mask, extend)
             if stats is not None:
                 moe.append(stats)

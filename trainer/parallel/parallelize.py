@@ -57,12 +57,11 @@ def parallelize(
     """
     if mesh.pp.size > 1:
         model.keep(pipeline_stages(model.config, model.vocab_size, mesh.layout).layers_of(mesh.pp.index))
-    kept, layers = [layer for layer, _ in model.blocks.numbered()], model.moe_layers()
-    num_copies = 0
+    layers, num_copies = model.moe_layers(), 0
     if mesh.ep.size > 1:
         sizes = len(model.config.moe_layers), layers[0].experts.num_experts, mesh.ep.size
         placement = placement or named_placement(config.placement, *sizes, num_copies=config.replicas)
-        numbers = [number for number, layer in enumerate(model.config.moe_layers) if layer in kept]
+        numbers = [number for number, layer in enumerate(model.config.moe_layers) if layer in model.blocks.numbers]
         _place_experts(dict(zip(numbers, layers, strict=True)), placement, mesh)
         num_copies = placement.num_copies
     for moe in layers:
@@ -167,7 +166,7 @@ def compile_glue(model: GPT) -> None:
         is_blocked = block.attention.core_attention is blocked_attention
         backend = inductor_within_budget if is_blocked else "inductor"
         block.compiled_attend = torch.compile(block.attend, dynamic=False, backend=backend)
-    if model.blocks.has(model.config.num_layers - 1):
+    if model.config.num_layers - 1 in model.blocks.numbers:
         model.compiled_norm = torch.compile(model.norm, dynamic=False)
     for moe in model.moe_layers():
         moe.experts.is_compiled = True

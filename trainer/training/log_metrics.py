@@ -76,8 +76,7 @@ def _biases(run: RunState) -> Tensor | None:
     biases = selection_bias(layer.router for layer in model.moe_layers())
     if biases is None or pp.size == 1:
         return biases
-    here = MoELayers.of(model.config, [layer for layer, _ in model.blocks.numbered()])
-    return pp.all_reduce_(here.placed(biases))
+    return pp.all_reduce_(MoELayers.of(model.config, model.blocks.numbers).placed(biases))
 
 
 def _replay_metrics(run: RunState, routing: RoutingSums) -> tuple[dict[str, float], dict[str, Any]] | None:

@@ -130,10 +130,10 @@ class DeepSpeedEngine(StepEngine):
         # Done by DeepSpeed's own forward pass, which is not used.
         self._zero.clear_backward_seen_flag()
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        self._deepspeed._backward_prologue()
 
     def backward(self, objective: Tensor) -> None:
         """Accumulate a gradient."""
-        self._deepspeed._backward_prologue()
         self._deepspeed.backward(objective, scale_wrt_gas=False)
 
     def _reduce_gradients(self) -> Tensor:
