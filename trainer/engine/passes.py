@@ -1,4 +1,4 @@
-"""How the micro-batches of a step pass through the layers: through all at once, or by the stages of a pipeline.
+"""Passes of a step's micro-batches through the layers: through all at once, or by the stages of a pipeline.
 
 # B rows of a micro-batch, S tokens in a row, D d_model.
 """

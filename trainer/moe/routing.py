@@ -242,8 +242,8 @@ class Router(nn.Module, ABC):
     `strict`: on no later token. `within_sequence`: on later tokens of the same row only. `no`: on any token.
     """
     sees_whole_rows: ClassVar[bool] = False
-    """What depends on other tokens is decided from `RoutingContext.whole_rows`, so that a rank may have a part of each
-    row only (`parallel.cp_size`). A `strict` router that looks at each token by itself needs nothing."""
+    """Decides what depends on other tokens from `RoutingContext.whole_rows`, so that a rank may have a part of each row
+    only (`parallel.cp_size`). A `strict` router that looks at each token by itself needs nothing."""
     initial_values: ClassVar[Mapping[str, float]] = {}
     """Initial values, by name, of parameters that are not matrices, such as a scale or a temperature; the default is 0.
     Matrices are initialized randomly, and only they have weight decay."""

@@ -52,7 +52,7 @@ class RingAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Ring:
-    """What one rank does in each step."""
+    """Steps of one rank."""
 
     group: Group
     mask: AttentionMask | None

@@ -21,7 +21,7 @@ from trainer.what_if.traced_passes import Trace, TracedPass
 _WITHOUT_ACTIVATIONS: Final = ("hash", "random", "round_robin")
 """Routers that decide alike whatever the layers before them did."""
 _MASTER_BYTES: Final = 4
-"""Of a weight that is sent to copies, at least; bfloat16 where FSDP2 has gathered it, which a trace does not know."""
+"""Least bytes of a weight that is sent to copies; bfloat16 where FSDP2 has gathered it, which a trace does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

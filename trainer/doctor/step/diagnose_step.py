@@ -25,7 +25,7 @@ from trainer.training.model import single_process
 Scale = Literal["auto", "full", "small"]
 """Model of the step: `auto` is full where that is a matter of a minute or so, and fits."""
 _MOST_FLOPS: Final = 2e12
-"""Of a step on a CPU: some minutes on one core, since it is computed twice and layers are asked about it."""
+"""Most operations of a full step on a CPU: minutes on one core, since it is computed twice and layers are asked."""
 _BYTE_VOCABULARY: Final = 256
 
 
