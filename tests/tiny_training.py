@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trainer.atomic_io import replace_file
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.init_from_parent import find_first_weights
 from trainer.config.loader import load
@@ -37,7 +38,7 @@ parallel: {micro_batch_size: 3, device: cpu}
 def config_of(folder: Path, *overrides: str) -> ExperimentConfig:
     """Return the config of a run below a folder, whose caches and runs are there too."""
     if not (folder / "tiny.yaml").exists():
-        (folder / "tiny.yaml").write_text(CONFIG)
+        replace_file(folder / "tiny.yaml", CONFIG)  # another rank may be about to read it
     places = [f"data.cache_dir={folder}/cache", f"runs_dir={folder}/runs"]
     return load(folder / "tiny.yaml", [*places, *overrides], ExperimentConfig)
 
@@ -45,7 +46,7 @@ def config_of(folder: Path, *overrides: str) -> ExperimentConfig:
 def config_of_text(folder: Path, *overrides: str) -> ExperimentConfig:
     """Return the config of a run on a short text of its own, which is read much sooner."""
     lines = (f"{number} times {number % 7} is {number * (number % 7)}\n\n" for number in range(400))
-    (folder / "text.txt").write_text("".join(lines))
+    replace_file(folder / "text.txt", "".join(lines))
     return config_of(folder, f"data.sources=[{{kind: text, domain: sums, path: {folder}/text.txt}}]", *overrides)
 
 
