@@ -8,7 +8,7 @@ from trainer.config.check_packages import check_packages
 from trainer.config.nodes import shown
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import ConfigError
-from trainer.prove.cases import ENGINES
+from trainer.prove.cases import ENGINES, MAX_RANKS, MOST_RANKS
 
 _MAX_TIMEOUT_S = 1e8
 
@@ -22,6 +22,8 @@ def add(subparsers: Subparsers) -> None:
     what = "native, deepspeed (ZeRO 1 and 2) or both; default: the config's"
     sub.add_argument("--engines", type=_engines, metavar="A,B", help=what)
     sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink model and batch first")
+    what = f"layouts of at most N local ranks, {MOST_RANKS} at most ({MAX_RANKS})"
+    sub.add_argument("--ranks", type=_ranks, default=MAX_RANKS, metavar="N", help=what)
     sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name contains this text, such as 'ep 2'")
     sub.add_argument("--json", type=as_path, metavar="FILE", help="also write the result as JSON")
     what = "seconds after which a rank stops waiting for another (120)"
@@ -29,7 +31,7 @@ def add(subparsers: Subparsers) -> None:
 
 
 def prove_command(options: argparse.Namespace) -> int:
-    """Check that every layout with up to four ranks learns the same as one process from a config."""
+    """Check that every layout with up to four ranks, or eight, learns the same as one process from a config."""
     config = load_named_config(options)
     if not 0 < options.timeout <= _MAX_TIMEOUT_S:
         raise ConfigError(f"prove: use 0 < --timeout <= {_MAX_TIMEOUT_S:.0e}, not {options.timeout:g}")
@@ -48,9 +50,17 @@ def prove_command(options: argparse.Namespace) -> int:
             is_small=options.scale == "small",
             only=options.layouts,
             engines=options.engines,
+            most_ranks=options.ranks,
             json_path=options.json,
             timeout_s=options.timeout,
         )
+
+
+def _ranks(text: str) -> int:
+    number = whole(text)
+    if number > MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"{number} ranks are too many for a proof; use 1 to {MOST_RANKS}")
+    return number
 
 
 def _engines(text: str) -> list[str]:

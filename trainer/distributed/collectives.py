@@ -30,13 +30,16 @@ class Group(WatchedGroup):
         """Return the group as a torch DeviceMesh for FSDP2; of two dimensions if there are copies of its shards.
 
         `copies` are the ranks with this rank's shard, one in each group of copies.
+
+        Dimensions have the names of torch's groups: torch takes meshes for the same if their ranks and names are, and
+        would go on with groups that were left, in a process that trains under one layout after another.
         """
         kind = self.device.type
         if copies.size == 1:
-            return DeviceMesh.from_group(self.handle, kind)
+            return DeviceMesh.from_group(self.handle, kind, mesh_dim_names=(self.handle.group_name,))
         offsets = torch.tensor(self.ranks) - self.ranks[self.index]
         rows = torch.tensor(copies.ranks)[:, None] + offsets  # every group of copies has the same distances
-        names = ("copy", "shard")
+        names = (copies.handle.group_name, self.handle.group_name)
         return DeviceMesh.from_group([copies.handle, self.handle], kind, mesh=rows, mesh_dim_names=names)
 
     def all_reduce_(self, x: Tensor) -> Tensor:

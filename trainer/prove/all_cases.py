@@ -12,18 +12,23 @@ from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.registry import LocalDispatcherConfig, WireOptions
 from trainer.parallel.pipeline_stages import check_micro_batches
 from trainer.prove.cases import MAX_RANKS, Case, apply_case, reference
+from trainer.prove.many_ranks import many_ranks
 
 
-def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) -> list[Case]:
-    """Return every layout that the config allows, up to four ranks, DeepSpeed's with both stages.
+def all_cases(
+    config: ExperimentConfig, engines: Sequence[str] | None = None, most_ranks: int = MAX_RANKS
+) -> list[Case]:
+    """Return every layout of one to four ranks that the config allows, DeepSpeed's with both stages.
 
-    Without `engines`, only the config's own engine, and its ZeRO stage, are included.
+    Without `engines`, only the config's own engine, and its ZeRO stage, are included. With `most_ranks` above four,
+    some of so many ranks are added.
     """
     stages: Sequence[int] = (1, 2)
     if engines is None:
         engines = [config.engine.kind]
         stages = [config.engine.zero_stage] if isinstance(config.engine, DeepSpeedEngineConfig) else ()
-    cases = _native_cases(config)
+    cases = [case for case in _native_cases(config) if case.world_size <= most_ranks]
+    cases += [case for case in many_ranks(config.train.global_batch_size, most_ranks) if _is_possible(config, case)]
     found = cases if "native" in engines else []
     if "deepspeed" in engines:
         # Dispatchers and engines are independent: one dispatcher is enough.

@@ -11,7 +11,8 @@ from trainer.experiment import ExperimentConfig
 from trainer.models.config import Recompute, ShardKeeps
 from trainer.moe.dispatch.registry import WireOptions
 
-MAX_RANKS = 4
+MAX_RANKS, MOST_RANKS = 4, 8
+"""Ranks of a proof unless more are asked for; the most that can be."""
 ENGINES = ("native", "deepspeed")
 _COARSE_KERNELS = ("mxfp8",)
 """Kernels that round rows together, so that what is learned depends on which rows are in a micro-batch."""
@@ -40,7 +41,7 @@ class Case:
     shard_size: int | None = None
     shard_keeps: ShardKeeps = "gradients"
     deterministic: bool = False
-    ranks_per_node: int = MAX_RANKS
+    ranks_per_node: int = MOST_RANKS
     """If smaller than the number of ranks, simulates several nodes on this machine."""
     zero_stage: int | None = None
     """ZeRO stage of the DeepSpeed engine; None for the native one."""

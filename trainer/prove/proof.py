@@ -14,7 +14,7 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.prove.all_cases import all_cases
-from trainer.prove.cases import in_dtype, labels, reference, without_repeated_options
+from trainer.prove.cases import MAX_RANKS, in_dtype, labels, reference, without_repeated_options
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.progress import LayoutProgress
@@ -36,6 +36,7 @@ def prove(
     is_small: bool,
     only: str | None,
     engines: Sequence[str] | None,
+    most_ranks: int = MAX_RANKS,
     json_path: Path | None,
     timeout_s: float,
 ) -> int:
@@ -58,7 +59,7 @@ def prove(
         build_corpus(config.data, seq_len=config.model.seq_len, progress=bar)
     tolerance, floor = TOLERANCES[dtype], FLOORS[dtype]
     first_steps = None if dtype == "float64" else min(steps, _COMPARED_STEPS)
-    possible = all_cases(config, engines)
+    possible = all_cases(config, engines, most_ranks)
     cases = [case for case in possible if only is None or only in case.name]
     if not cases:
         names = "\n  ".join(case.name for case in possible)

@@ -7,7 +7,7 @@ import pytest
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.config import RecomputeEveryConfig
 from trainer.prove.all_cases import all_cases
-from trainer.prove.cases import ENGINES, apply_case, in_dtype, reference
+from trainer.prove.cases import ENGINES, MAX_RANKS, MOST_RANKS, apply_case, in_dtype, reference
 from trainer.prove.small_config import shrink
 
 
@@ -38,11 +38,22 @@ def test_no_layout_is_run_twice_however_many_rows_a_step_has(moe: dict[str, Any]
     for rows in range(1, 17):
         config = config_of(moe, rows=rows)
         for engines in (None, ["native"], ["deepspeed", "deepspeed"], list(ENGINES)):
-            cases = all_cases(config, engines)
+            cases = all_cases(config, engines, MOST_RANKS if rows in (1, 7, 16) else MAX_RANKS)
             assert len({*cases}) == len({case.name for case in cases}) == len(cases), (rows, engines)
             assert reference(config) not in cases, (rows, engines)
             layouts = [(case.world_size, apply_case(config, case).model_dump_json()) for case in cases]
             assert len({*layouts}) == len(cases), (rows, engines)
+
+
+def test_more_ranks_add_layouts_and_take_none_away() -> None:
+    config = config_of({"num_experts": 8}, rows=32)
+    few, many = all_cases(config), all_cases(config, None, MOST_RANKS)
+    assert set(few) < set(many) and len(many) >= 95
+    assert {case.world_size for case in many} == set(range(1, MOST_RANKS + 1))
+    assert {case.world_size for case in few} == set(range(1, MAX_RANKS + 1))
+    assert all(case.world_size <= 2 for case in all_cases(config, None, 2))
+    degrees = {(case.ep_size > 1, case.data, case.cp_size > 1, case.pp_size > 1) for case in many}
+    assert degrees >= {(True, "shard", True, False), (True, "shard", False, True), (True, "shard", True, True)}
 
 
 def test_a_small_model_keeps_latent_attention_with_widths_that_differ() -> None:

@@ -5,9 +5,15 @@ import signal
 from contextlib import closing
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from trainer.distributed.flight_recorder import FlightRecorder
+from trainer.distributed.mesh import build_mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.errors import DataError, RemoteRankError
+from trainer.parallel.shards import first_row
 from trainer.prove.pool import Failure, LocalRanks
 
 
@@ -28,9 +34,24 @@ def fail(kind: type[Exception] | None) -> int:
     return dist.get_rank()
 
 
+def first_of_shard(num_more: int) -> int:
+    """Return the first row of this rank's shard, in groups that torch numbers after `num_more` others."""
+    for _ in range(num_more):
+        dist.new_group(list(range(dist.get_world_size())))
+    layout = Layout(world_size=4, rank=dist.get_rank(), ranks_per_node=4, shard_size=2)
+    mesh = build_mesh(layout, FlightRecorder())
+    x = distribute_tensor(torch.ones(4), mesh.shard.device_mesh(mesh.shard_copies), [Replicate(), Shard(0)])
+    return first_row(torch.empty_like(x))
+
+
 def test_processes_are_reused() -> None:
     with closing(LocalRanks()) as ranks:
         assert ranks.run(2, pid, timeout_s=60) == ranks.run(2, pid, timeout_s=60)
+
+
+def test_a_layout_does_not_meet_the_groups_of_the_one_before(local_ranks: LocalRanks) -> None:
+    for num_more in (0, 1):  # which gives the same ranks a group of another name
+        assert local_ranks.run(4, first_of_shard, num_more, timeout_s=60) == [0, 2, 0, 2]
 
 
 def test_local_ranks_listen_on_the_loopback_interface_alone() -> None:
