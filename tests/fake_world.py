@@ -20,6 +20,7 @@ from tests.builders import tiny_model_config
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.rank_layout import Layout
+from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.parallelize import parallelize
@@ -38,18 +39,16 @@ def held(layout: dict[str, Any], model: dict[str, Any], device: str = "meta") ->
     """Return the dense and expert weights of this rank, and its peak memory in bytes."""
     mesh = fake_mesh(Layout(**layout))
     moe = {name: model.pop(name) for name in ("num_experts", "d_ff") if name in model}
-    with torch.device("meta"):
-        whole = GPT(tiny_model_config({"router": {"kind": "top_k"}, **moe}, **model), 32000)
+
+    def started(config: ModelConfig) -> GPT:
+        with torch.device("meta"):
+            whole = GPT(config, 32000 if config.d_model > 16 else 32)
+        parallel, on = ParallelConfig(data="shard", ep_size=mesh.layout.ep_size), torch.device(device)
+        return parallelize(whole, parallel, mesh, on, seed=0, dtype=torch.bfloat16, can_compile=False)
+
+    started(tiny_model_config(d_model=16))  # what is imported by the first one is not counted
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    parallelize(
-        whole,
-        ParallelConfig(data="shard", ep_size=mesh.layout.ep_size),
-        mesh,
-        torch.device(device),
-        seed=0,
-        dtype=torch.bfloat16,
-        can_compile=False,
-    )
+    whole = started(tiny_model_config({"router": {"kind": "top_k"}, **moe}, **model))
     sizes = {name: local(p).numel() for name, p in whole.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -4,6 +4,13 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "the last weights of a shard are not drawn again",
+        "models/drawn_slice.py",
+        "_skip(generator, length - position)",
+        "_skip(generator, in_units - position)",
+        "models/test_drawn_slice.py::test_blocks_do_not_change_what_is_drawn",
+    ),
+    in_package(
         "nobody watches the next node",
         "distributed/verdict.py",
         "{*here, (rank + ranks_per_node) % world_size}",

@@ -1,17 +1,16 @@
 """Initial weights: every tensor is a function of the seed, its name and the global expert index, not of the layout.
 
-A generator's values cannot be drawn from the middle, so a rank that holds a shard draws the whole tensor, or each whole
-expert of which it has a part, and keeps its own: one tensor, or expert, is in memory at a time beside the shards.
+A rank that holds a shard draws what comes before it in the tensor, or in each expert, and keeps its shard only.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from trainer.models.config import NORM_START
+from trainer.models.drawn_slice import fill, normal_pieces, uniform_pieces
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import FACTOR_A, FACTOR_B, initial_std, is_matrix, parameter_role
 from trainer.moe.experts import Experts
@@ -51,9 +50,9 @@ def initialize(
         if only is not None and name not in only:
             continue
         config = model.config
-        draw = partial(_normal, std=initial_std(name, init_std=config.init_std, num_layers=config.num_layers))
-        if name.endswith(FACTOR_A):
-            draw = _uniform
+        values = normal_pieces(initial_std(name, init_std=config.init_std, num_layers=config.num_layers))
+        if name.endswith(FACTOR_A):  # as nn.Linear and peft begin
+            values = uniform_pieces(parameter.shape[-1] ** -0.5)
         part = (shards or {}).get(name) or WeightShard(parameter, tuple(slice(0, size) for size in parameter.shape))
         match parameter_role(name):
             case "norm":
@@ -66,9 +65,10 @@ def initialize(
                 experts, *inside = part.index
                 for weight, e in zip(part.local, range(experts.start, experts.stop), strict=True):
                     seed_of_e = stable_hash("init", seed, name, numbers[name][e])
-                    weight.copy_(draw(parameter.shape[1:], seed=seed_of_e)[tuple(inside)])
+                    fill(weight, values, seed_of_e, shape=parameter.shape[1:], index=inside)
             case _:
-                part.local.copy_(draw(parameter.shape, seed=stable_hash("init", seed, name))[part.index])
+                seed_of_p = stable_hash("init", seed, name)
+                fill(part.local, values, seed_of_p, shape=parameter.shape, index=part.index)
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -91,15 +91,3 @@ def _router_values(model: GPT) -> dict[str, float]:
         if isinstance(module, Router)
         for name, value in module.initial_values.items()
     }
-
-
-def _normal(shape: torch.Size, *, std: float, seed: int) -> Tensor:
-    """Sample on the CPU in float32, so that every device and dtype starts from the same values."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-
-
-def _uniform(shape: torch.Size, *, seed: int) -> Tensor:
-    """Sample uniformly below 1 / sqrt(columns), as nn.Linear and peft begin."""
-    generator, bound = torch.Generator().manual_seed(seed), shape[-1] ** -0.5
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)

@@ -24,6 +24,18 @@ from trainer.plan.step_probe import WindowRecorder
 class AloneGroup(Group):
     """Group whose other members are not there: objects that they would send are assumed to be this rank's own."""
 
+    def any(self, holds: bool) -> bool:
+        """Return whether something holds on this rank."""
+        return holds
+
+    def agrees(self, value: Plain) -> bool:
+        """Return that all members have this rank's value."""
+        return True
+
+    def gather_objects(self, value: Plain) -> list[Any] | None:
+        """Return this rank's value for every member."""
+        return self.all_gather_objects(value)
+
     def all_gather_objects(self, value: Plain) -> list[Any]:
         """Return this rank's value for every member."""
         return [value for _ in self.ranks]
