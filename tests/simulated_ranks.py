@@ -5,7 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,8 +18,6 @@ from trainer.distributed.collectives import Group
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, mesh_of_groups
 from trainer.distributed.rank_layout import Layout
-
-_PATIENCE_S = 100.0
 
 
 @dataclass
@@ -40,22 +38,31 @@ class Traffic:
 
 
 class _Meeting:
-    """Exchanges values between the threads of a group; one meeting for each group of ranks."""
+    """Combines values of the threads of a group, once for all of them; one meeting for each group of ranks."""
 
-    def __init__(self, size: int) -> None:
-        self._barrier, self._values = threading.Barrier(size), [None] * size
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        self._values: list[Any] = [None] * len(ranks)
+        self._combine: Callable[[list[Any]], Any] = list
+        self._arrived = threading.Barrier(len(ranks), self._combined)
+        self._left = threading.Barrier(len(ranks))  # nobody writes the next value before all have read
+        self._patience_s = 100.0 + len(ranks)
 
-    def exchange(self, index: int, value: Any) -> list[Any]:
-        """Return the values of all members."""
-        self._values[index] = value
-        self._barrier.wait(_PATIENCE_S)
-        values = list(self._values)
-        self._barrier.wait(_PATIENCE_S)  # nobody writes the next value before all have read
-        return values
+    def exchange(self, index: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
+        """Return what `combine`, which is the same for all, makes of the values of all members."""
+        self._values[index], self._combine = value, combine
+        self._arrived.wait(self._patience_s)
+        result = self._result
+        self._left.wait(self._patience_s)
+        return result
+
+    def _combined(self) -> None:
+        self._result = self._combine(self._values)
 
     def abort(self) -> None:
         """Free the threads that wait for one that has failed."""
-        self._barrier.abort()
+        self._arrived.abort()
+        self._left.abort()
 
 
 @dataclass
@@ -79,8 +86,12 @@ class _Collectives:
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM, *, group: _Handle) -> None:
         """Reduce x in place, in the order of the ranks."""
-        values = torch.stack(_meet("all_reduce", group, x))
-        x.copy_(values.amax(0) if op == dist.ReduceOp.MAX else values.sum(0, dtype=x.dtype))
+
+        def reduced(values: list[Tensor]) -> Tensor:
+            stacked = torch.stack(values)
+            return stacked.amax(0) if op == dist.ReduceOp.MAX else stacked.sum(0, dtype=x.dtype)
+
+        x.copy_(_meet("all_reduce", group, x, reduced))
 
     def all_gather(self, parts: list[Tensor], x: Tensor, *, group: _Handle) -> None:
         """Fill parts with x of every member."""
@@ -98,10 +109,10 @@ class _Collectives:
         x.copy_(_meet("broadcast", group, x)[group.ranks.index(root)])
 
 
-def _meet(kind: str, group: _Handle, x: Tensor) -> list[Tensor]:
+def _meet(kind: str, group: _Handle, x: Tensor, combine: Callable[[list[Tensor]], Any] = list) -> Any:
     num_bytes = x.numel() * x.element_size()
     group.traffic.count(kind, size=len(group.ranks), num_bytes=num_bytes, is_root=group.index == 0)
-    return group.meeting.exchange(group.index, x.clone())
+    return group.meeting.exchange(group.index, x.clone(), combine)
 
 
 class World:
@@ -111,6 +122,7 @@ class World:
         self.size, self._degrees = world_size, degrees
         self.traffic = [Traffic() for _ in range(world_size)]
         self._meetings: dict[tuple[str, tuple[int, ...]], _Meeting] = {}
+        self._meshes: dict[int, Mesh] = {}
         self._lock = threading.Lock()
 
     def run(self, function: Callable[[Mesh], Any]) -> list[Any]:
@@ -123,8 +135,9 @@ class World:
                 results[rank] = function(self._mesh(rank))
             except BaseException as error:
                 errors.append(error)
-                for meeting in self._meetings.values():
-                    meeting.abort()
+                with self._lock:
+                    for meeting in self._meetings.values():
+                        meeting.abort()
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
         with _in_memory():
@@ -136,14 +149,29 @@ class World:
             raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
         return results
 
+    def take_traffic(self) -> list[Traffic]:
+        """Return what every rank has exchanged since this was asked last."""
+        taken = [replace(one) for one in self.traffic]
+        for one in self.traffic:
+            one.messages, one.received_bytes, one.calls = 0, 0, Counter()
+        return taken
+
     def _mesh(self, rank: int) -> Mesh:
+        if rank not in self._meshes:
+            self._meshes[rank] = self._new_mesh(rank)
+        return self._meshes[rank]
+
+    def _new_mesh(self, rank: int) -> Mesh:
         layout = Layout(world_size=self.size, rank=rank, **self._degrees)
 
         def group(name: str, members: Sequence[Sequence[int]]) -> Group:
             mine = tuple(next(ranks for ranks in members if rank in ranks))
             kind = "saving" if name == "saving" else ""
             with self._lock:
-                meeting = self._meetings.setdefault((kind, mine), _Meeting(len(mine)))
+                if (kind, mine) not in self._meetings:
+                    self._meetings[kind, mine] = _Meeting(mine)
+                meeting = self._meetings[kind, mine]
+            mine = meeting.ranks  # one tuple for all members
             handle: Any = _Handle(meeting, mine.index(rank), mine, self.traffic[rank])
             return Group(name, mine, me=rank, handle=handle if len(mine) > 1 else None, recorder=FlightRecorder())
 
