@@ -1,6 +1,7 @@
 """Ranks in threads: the real code of every rank of a large world, with collectives in memory that count messages."""
 
 import math
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -182,5 +183,10 @@ class World:
 
 @contextmanager
 def _in_memory() -> Iterator[None]:
-    with patch.object(collectives, "dist", _Collectives()), patch.object(watched_group, "dist", _Collectives()):
-        yield
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1.0)  # each thread that waits to run asks for its turn so often
+    try:
+        with patch.object(collectives, "dist", _Collectives()), patch.object(watched_group, "dist", _Collectives()):
+            yield
+    finally:
+        sys.setswitchinterval(interval)

@@ -81,6 +81,15 @@ class Group(WatchedGroup):
             dist.all_gather(parts, x.contiguous(), group=self._handle)
         return torch.stack(parts)
 
+    def gather(self, x: Tensor) -> Tensor | None:
+        """Return what `all_gather` does on the first member; None on the others."""
+        if self._handle is None:
+            return x[None].clone()
+        parts = [torch.empty_like(x) for _ in self.ranks] if self.index == 0 else None
+        with self._watched("gather", [x.numel()]):
+            dist.gather(x.contiguous(), parts, self.ranks[0], group=self._handle)
+        return None if parts is None else torch.stack(parts)
+
     def broadcast_(self, x: Tensor, *, source: int = 0) -> Tensor:
         """Overwrite x with that of member `source`."""
         if self._handle is not None:

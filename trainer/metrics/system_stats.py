@@ -57,7 +57,7 @@ def total_memory(device: torch.device) -> int:
 def reduce_over_ranks(
     parts: dict[StepPart, float], stats: dict[str, float | None], group: Group
 ) -> dict[str, float | None]:
-    """Return the `time/` and `system/` keys of metrics.jsonl, in one all-gather that every rank must join.
+    """Return the `time/` and `system/` keys of metrics.jsonl on the first rank, nothing on the others. Collective.
 
     `group` is one of hosts, so that nothing waits for a GPU.
 
@@ -65,7 +65,9 @@ def reduce_over_ranks(
     there are several ranks; of the statistics the worst value over ranks is taken.
     """
     mine = [*parts.values(), *(float("nan") if value is None else value for value in stats.values())]
-    table = group.all_gather(torch.tensor(mine, dtype=torch.float64))  # (ranks, values)
+    table = group.gather(torch.tensor(mine, dtype=torch.float64))  # (ranks, values)
+    if table is None:
+        return {}
     times, rest = table.split([len(PARTS), len(stats)], dim=1)
     record: dict[str, float | None] = _named("time", times.mean(0))
     if group.size > 1:
