@@ -41,6 +41,7 @@ from tests.planted import (
     measures,
     model,
     noise,
+    overlaps,
     pages,
     pipelines,
     places,
@@ -84,6 +85,7 @@ _TOPICS = (
     sweeps,
     pages,
     pipelines,
+    overlaps,
     diagnoses,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]

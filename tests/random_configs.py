@@ -101,6 +101,8 @@ def draw(number: int, folder: Path) -> Trial:
             case = _placed(random.Random(f"placement {number}"), case)
             case = _sharing_rows(random.Random(f"rows {number}"), config, case)
             case = _copied(random.Random(f"copies {number}"), config, case)
+            overlaps = case.ep_size > 1 and case.zero_stage is None and number % 2 == 1
+            case = replace(case, overlap="micro_batches" if overlaps else "none")
             apply_case(config, case)
         except (ConfigError, ValidationError):  # as where the router of an adapted model has no weights
             continue

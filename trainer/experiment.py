@@ -263,6 +263,7 @@ class ExperimentConfig(Config):
             "engine.kind": isinstance(self.engine, DeepSpeedEngineConfig),
             "eval.tasks": bool(self.eval.tasks),
             "metrics.routing_record": self.metrics.routing_record is not None,
+            "parallel.overlap": parallel.overlap != "none",
             "metrics.routing_gap_every": self.metrics.routing_gap_every is not None,
             "train.routing_replay": self.train.routing_replay is not None,
         }
@@ -279,6 +280,8 @@ class ExperimentConfig(Config):
             return
         if self.parallel.data == "shard":
             yield Problem("parallel.data", "shard is FSDP2's, and DeepSpeed shards by engine.zero_stage; use replicate")
+        if self.parallel.overlap != "none":
+            yield Problem("parallel.overlap", "it does not go with the DeepSpeed engine; use engine.kind native")
         if self.train.dtype == "float64":
             yield Problem("train.dtype", "float64: DeepSpeed sums gradients in float32; use engine.kind native")
         ours = RunOptions(

@@ -148,6 +148,7 @@ def test_scaling_compares_ranks_with_threads_and_deepspeed(workplace: Path) -> N
     assert list(entries) == [
         "turnout, one process of 2 threads",
         "turnout, 2 ranks",
+        "turnout, 2 ranks, overlapped micro-batches",
         "turnout, 2 processes that exchange nothing",
         "turnout, DeepSpeed engine, ZeRO 1",
         "turnout, DeepSpeed engine, ZeRO 2",

@@ -29,6 +29,7 @@ OF_TWO = {
     "deduplicated": ["parallel.ep_size=2", "parallel.dispatcher={kind: deduplicated_all_to_all}"],
     "gathered": ["parallel.ep_size=2", "parallel.dispatcher={kind: all_gather}", "parallel.recompute=experts"],
     "padded": ["parallel.ep_size=2", "model.moe.capacity.factor=1.5", "parallel.dispatcher.kind=padded_all_to_all"],
+    "overlapped": ["parallel.ep_size=2", "parallel.overlap=micro_batches", "parallel.recompute=norms_and_activations"],
     "ZeRO 2": ["engine={kind: deepspeed, zero_stage: 2}", "parallel.ep_size=2"],
 }
 OF_FOUR = {
@@ -72,6 +73,14 @@ def test_bytes_and_messages_are_those_of_real_ranks(ranks: Ranks, world_size: in
     real = ranks.run(world_size, real_steps, list(cases.values()))
     for number, (name, overrides) in enumerate(cases.items()):
         check_equal(real[0][number], fake_one(overrides, world_size), name)
+
+
+def test_activations_of_two_micro_batches_that_overlap_are_counted() -> None:
+    kept = {}
+    for overlap in ("none", "micro_batches"):
+        step = fake_one(["parallel.ep_size=2", "model.seq_len=512", f"parallel.overlap={overlap}"], 2)
+        kept[overlap] = step.peak - step.resident
+    assert 1.5 < kept["micro_batches"] / kept["none"] < 2
 
 
 def test_routing_by_values_needs_the_bytes_of_an_even_load(ranks: Ranks) -> None:

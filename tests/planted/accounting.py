@@ -16,9 +16,9 @@ _LAYER = "trainer/moe/layer.py"
 _LOOP = "trainer/training/loop.py"
 
 _PASSES_ON = """\
-            full = (out.flatten(0, 1) == 0).all(1) & context.valid
-            out = torch.where(full[:, None], tokens, out.flatten(0, 1)).view(x.shape)
-            out = out if shared"""
+        out, stats = self.finish(sent._replace(rows=self._compute(sent.rows, self._with_copies(borrowed))))
+        full = (out.flatten(0, 1) == 0).all(1) & context.valid
+        return torch.where(full.view(*x.shape[:2], 1), x, out), stats"""
 
 
 def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
@@ -189,7 +189,7 @@ FAULTS = [
     _fault(
         "a token whose experts are all full passes its input on",
         _LAYER,
-        "            out = out if shared",
+        "        return self.finish(sent._replace(rows=self._compute(sent.rows, self._with_copies(borrowed))))",
         _PASSES_ON,
         ORACLE,
     ),
@@ -203,15 +203,15 @@ FAULTS = [
     _fault(
         "the shared experts are left out",
         _LAYER,
-        "else out + shared",
-        "else out + 0 * shared",
+        "else out + computed.shared",
+        "else out + 0 * computed.shared",
         PARITY,
     ),
     _fault(
         "the shared experts are averaged with the others",
         _LAYER,
-        "else out + shared",
-        "else out + 0.5 * shared",
+        "else out + computed.shared",
+        "else out + 0.5 * computed.shared",
         PARITY,
     ),
     _fault(

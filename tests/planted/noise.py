@@ -138,8 +138,8 @@ FAULTS = [
     _fault(
         "the pass that counts has no noise",
         STEP,
-        "prepass=self.global_stats.counting_pass(batches, self.passes, self._layers_of(options)",
-        "prepass=self.global_stats.counting_pass(batches, self.passes, self._layers_of(RoutingOptions())",
+        "prepass=self.global_stats.counting_pass(batches, self.passes, run,",
+        "prepass=self.global_stats.counting_pass(batches, self.passes, RunLayers(self, RoutingOptions()),",
         LAYOUT,
     ),
     _fault(

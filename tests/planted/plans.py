@@ -13,8 +13,8 @@ FAULTS = [
     in_package(
         "a plan forgets a micro-batch",
         "plan/step_cost.py",
-        "wanted - taken + 1)",
-        "wanted - taken)",
+        "(wanted - taken) / unit + 1)",
+        "(wanted - taken) / unit)",
         "plan/test_step_cost.py",
     ),
     in_package(

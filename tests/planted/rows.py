@@ -60,8 +60,8 @@ FAULTS = [
     _fault(
         "rotary positions in the part",
         "models/gpt.py",
-        "batch.position[0], context",
-        "torch.arange(batch.tokens.shape[1]), context",
+        "batch.position[0], x.dtype",
+        "torch.arange(batch.tokens.shape[1]), x.dtype",
         DENSE,
     ),
     _fault(

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -170,7 +170,7 @@ class Group(WatchedGroup):
     def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "AllToAll":
         """Start an `all_to_all` that overlaps with computation until its `wait`, forward and backward."""
         assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
-        return AllToAll(x, self, tuple(send), tuple(receive))
+        return AllToAll.start(x, Exchange(self, tuple(send), tuple(receive)))
 
     def issue_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "PendingOp":
         """Start an all-to-all outside autograd."""
@@ -198,25 +198,38 @@ class Group(WatchedGroup):
             raise CommError(self._failure(self.recorder.operations[-1], what)) from error
 
 
-class AllToAll:
-    """An all-to-all in progress. Backward, the gradient is in flight from the node of `wait` to that of the start."""
+class Exchange:
+    """Sizes of an all-to-all, and the message that is in flight: rows forward, their gradient backward."""
 
-    def __init__(self, x: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
+    def __init__(self, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
         self.group, self.send, self.receive = group, send, receive
         self.pending: PendingOp | None = None
-        self._sent: Tensor | None = x if group.size == 1 else _Send.apply(x, self)
-
-    def wait(self) -> Tensor:
-        """Return (sum(receive), ...) ordered by member. Call it once."""
-        sent, self._sent = self._sent, None  # its graph refers to this object: break the cycle
-        assert sent is not None
-        return sent if self.group.size == 1 else _Receive.apply(sent, self)
 
     def received(self) -> Tensor:
         """Wait for the pending all-to-all and return the received rows."""
-        assert self.pending is not None
+        assert self.pending is not None, "nothing is in flight: wait once"
         pending, self.pending = self.pending, None
         return pending.wait()
+
+
+class AllToAll(NamedTuple):
+    """An all-to-all in progress. Backward, the gradient is in flight from the node of `wait` to that of the start.
+
+    A named tuple, since FSDP2 looks into tuples for the tensors between two parts of a layer.
+    """
+
+    sent: Tensor
+    """The rows, as the node of `wait` depends on them."""
+    exchange: Exchange
+
+    @classmethod
+    def start(cls, x: Tensor, exchange: Exchange) -> "AllToAll":
+        """Start to send x; a group of one has it already."""
+        return cls(x if exchange.group.size == 1 else _Send.apply(x, exchange), exchange)
+
+    def wait(self) -> Tensor:
+        """Return (sum(receive), ...) ordered by member. Call it once."""
+        return self.sent if self.exchange.group.size == 1 else _Receive.apply(self.sent, self.exchange)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +254,7 @@ class _Send(torch.autograd.Function):
     """Start to send rows. Backward waits for their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: AllToAll) -> Tensor:
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         exchange.pending = exchange.group.issue_all_to_all(x, exchange.send, exchange.receive)
         return x.view_as(x)  # makes `_Receive` depend on this node
@@ -257,7 +270,7 @@ class _Receive(torch.autograd.Function):
     """Wait for rows. Backward starts to send their gradient and returns its buffer, which only `_Send` may read."""
 
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, exchange: AllToAll) -> Tensor:
+    def forward(ctx: Any, sent: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         return exchange.received()
 
@@ -265,7 +278,7 @@ class _Receive(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        exchange: AllToAll = ctx.exchange
+        exchange: Exchange = ctx.exchange
         assert exchange.pending is None, "its gradient is already in flight"
         exchange.pending = exchange.group.issue_all_to_all(grad, exchange.receive, exchange.send)
         return exchange.pending.out, None

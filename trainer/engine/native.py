@@ -14,9 +14,8 @@ from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.numerics import NumericsConfig
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import Accumulated, StepEngine
-from trainer.models.gpt import GPT, GPTOutput
+from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import is_decayed
-from trainer.moe.routing import RoutingOptions
 from trainer.optim.create import MOMENTS, create_optimizer, scale_rates, set_rate
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.accumulate import before_backward, before_forward, step_of
@@ -68,10 +67,10 @@ class NativeEngine(StepEngine):
         with step_of(self.model):
             return super().accumulate(micro_batches, return_experts=return_experts, with_router_norms=with_router_norms)
 
-    def _forward(self, batch: Batch, options: RoutingOptions, hidden: Tensor | None, layers: range) -> GPTOutput:
+    def before_forward(self) -> None:
+        """Choose what the next forward pass frees, if it saves activations."""
         if torch.is_grad_enabled():
             before_forward(self.model)
-        return super()._forward(batch, options, hidden, layers)
 
     def begin_backward(self, *, is_last: bool) -> None:
         """Prepare the next backward pass, during which gradients are reduced if it is the last one."""

@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from trainer.data.batches.batch import Batch
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.models.gpt import GPTOutput
+from trainer.models.gpt import GPT, GPTOutput
+from trainer.moe.routing import RoutingOptions
 
 Take = Callable[[GPTOutput, Batch, range], None]
 """Takes what some layers gave of a batch."""
@@ -19,12 +22,39 @@ Share = Callable[[GPTOutput, Batch, range], Tensor]
 """Returns the share of the objective of some layers and a micro-batch."""
 
 
-class RunLayers(Protocol):
-    """Runs some layers of the model on a batch."""
+class ModelOwner(Protocol):
+    """Owner of the model."""
+
+    model: GPT
+
+    def before_forward(self) -> None:
+        """Prepare the next forward pass."""
+        ...
+
+    def autocast(self, *, keeps_casts: bool = True) -> AbstractContextManager[object]:
+        """Return a context in which the model computes in the precision of training."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayers:
+    """Runs layers of an engine's model."""
+
+    engine: ModelOwner
+    options: RoutingOptions
 
     def __call__(self, batch: Batch, hidden: Tensor | None, layers: range) -> GPTOutput:
-        """Return what the layers give; `hidden` (B, S, D) comes from those before, None for the first."""
-        ...
+        """Return what some layers give; `hidden` (B, S, D) comes from those before, None for the first."""
+        self.engine.before_forward()
+        with self.engine.autocast():
+            return self.engine.model(batch, self.options, hidden=hidden, layers=layers)
+
+    def overlapped(self, batches: Sequence[Batch]) -> list[GPTOutput]:
+        """Return what all layers give of two batches, one of which is computed while tokens of the other travel."""
+        self.engine.before_forward()
+        # A cast that both used would sum their gradients in bfloat16.
+        with self.engine.autocast(keeps_casts=False):
+            return self.engine.model.overlapped(batches, self.options)
 
 
 class Gradients(Protocol):
@@ -76,3 +106,24 @@ class WholeModel:
         """Run all batches forward only."""
         for batch in batches:
             take(run(batch, None, self._layers), batch, self._layers)
+
+
+class OverlappedModel(WholeModel):
+    """All layers are here: two micro-batches at a time, one computed while tokens of the other travel, and back.
+
+    Autograd runs the nodes of both in the reverse order of the forward pass, so that gradients travel likewise. The
+    last one of an odd number is alone.
+    """
+
+    def train(self, batches: Sequence[Batch], run: RunLayers, share: Share, gradients: Gradients) -> None:
+        """Run all micro-batches forward and backward."""
+        pairs = [batches[i : i + 2] for i in range(0, len(batches) - 1, 2)]
+        for pair in pairs:
+            self._recorder.enter("forward")
+            outputs = zip(run.overlapped(pair), pair, strict=True)
+            parts = [share(output, batch, self._layers) for output, batch in outputs]
+            self._recorder.enter("backward")
+            gradients.begin_backward(is_last=pair[-1] is batches[-1])
+            gradients.backward(torch.stack(parts).sum())
+        if len(batches) % 2:
+            super().train(batches[-1:], run, share, gradients)

@@ -23,7 +23,7 @@ from trainer.engine.global_stats import GlobalStats
 from trainer.engine.moe_layers import MoELayers
 from trainer.engine.nonfinite import Findings, describe_findings
 from trainer.engine.numerics import NumericsConfig
-from trainer.engine.passes import Passes, RunLayers, WholeModel
+from trainer.engine.passes import OverlappedModel, Passes, RunLayers, WholeModel
 from trainer.engine.reduce import Accumulated, StepTotals, all_reduce_packed, group_squares, read_numbers
 from trainer.engine.step_sums import EvaluatedBatch, StepSums
 from trainer.engine.weight_average import WeightAverage
@@ -60,7 +60,8 @@ class StepEngine(Engine):
         """Return how micro-batches pass through the layers here."""
         config, mesh = model.config, self.mesh
         if mesh.pp.size == 1:
-            return WholeModel(config.num_layers, mesh.world.recorder)
+            whole = OverlappedModel if model.overlaps else WholeModel
+            return whole(config.num_layers, mesh.world.recorder)
         from trainer.engine.pipeline import Pipeline  # which imports torch's pipelining
 
         stages = pipeline_stages(config, model.vocab_size, mesh.layout)
@@ -71,6 +72,9 @@ class StepEngine(Engine):
     @abstractmethod
     def gradients(self) -> TrainState:
         """Return the unclipped gradients of the whole step, by parameter name."""
+
+    def before_forward(self) -> None:
+        """Prepare the next forward pass."""
 
     @abstractmethod
     def begin_backward(self, *, is_last: bool) -> None:
@@ -143,11 +147,12 @@ class StepEngine(Engine):
         options = RoutingOptions(
             noise_seed=self.numerics.seed, top_k=self._drawn_top_k(), return_experts=return_experts
         )
+        run = RunLayers(self, options)
         sums = StepSums(
             losses=self.losses,
             global_stats=self.global_stats,
             denominators=denominators,
-            prepass=self.global_stats.counting_pass(batches, self.passes, self._layers_of(options), self.model.config),
+            prepass=self.global_stats.counting_pass(batches, self.passes, run, self.model.config),
             previous_counts=self.previous_counts,
         )
         experts: list[Tensor] = []
@@ -157,7 +162,7 @@ class StepEngine(Engine):
                 experts.append(experts_of(output.moe, batch.tokens.shape))
             return sums.add(output, MoELayers.of(self.model.config, layers))
 
-        self.passes.train(batches, self._layers_of(options), share, self)
+        self.passes.train(batches, run, share, self)
         total, routing, choices = sums.total, sums.routing, sums.choices
         recorder.enter("gradient sums")
         square, local_objective = self._reduce_gradients(), torch.as_tensor(total.objective)
@@ -238,7 +243,7 @@ class StepEngine(Engine):
             if return_experts:
                 found.experts = experts_of(output.moe, batch.tokens.shape)
 
-        self.passes.evaluate([batch], self._layers_of(options), take)
+        self.passes.evaluate([batch], RunLayers(self, options), take)
         routing, experts = found.routing, found.experts
         tokens = batch.target_mask.sum() * self.passes.has_last  # the ranks of a pipeline have the same tokens
         sums = torch.stack([torch.as_tensor(found.loss_sum), tokens])
@@ -246,18 +251,6 @@ class StepEngine(Engine):
         routing = routing.with_tensors(parts) if routing else None
         nats, number = sums.tolist()  # waits for the device
         return EvalSums(loss_sum=nats, target_tokens=int(number), routing=routing, experts=experts)
-
-    def _forward(self, batch: Batch, options: RoutingOptions, hidden: Tensor | None, layers: range) -> GPTOutput:
-        with self.autocast():
-            return self.model(batch, options, hidden=hidden, layers=layers)
-
-    def _layers_of(self, options: RoutingOptions) -> RunLayers:
-        """Return what runs some layers of the model."""
-
-        def run(batch: Batch, hidden: Tensor | None, layers: range) -> GPTOutput:
-            return self._forward(batch, options, hidden, layers)
-
-        return run
 
     def _drawn_top_k(self) -> int | None:
         """Return the k drawn for this step, the same on every rank; None: the configured k."""
@@ -289,8 +282,8 @@ class StepEngine(Engine):
         findings = [Findings(**found) for found in self.mesh.world.all_gather_objects(asdict(mine))]
         return describe_findings(findings, list(self.parameters), grad_norm=float(step.grad_norm))
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self, *, keeps_casts: bool = True) -> contextlib.AbstractContextManager[object]:
         """Return a context in which the model computes in the precision of training."""
         if self.numerics.dtype is not torch.bfloat16:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=keeps_casts)

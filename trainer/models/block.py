@@ -5,8 +5,8 @@ Pre-normalized, like Mixtral and Qwen3-MoE.
 # B rows, S tokens in a row, D d_model.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,11 +20,37 @@ from trainer.models.self_attention import Attention
 from trainer.moe.build_router import build_router
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.layer import MoE
+from trainer.moe.layer import InFlight, MoE
 from trainer.moe.routing import RoutingContext
 from trainer.moe.stats import MoEStats
 from trainer.ops.attention_mask import PreparedMask
 from trainer.ops.kernels import ExpertsKernel
+
+
+class BlockInputs(NamedTuple):
+    """What a block needs of a micro-batch beside its residual stream."""
+
+    rotary: Tensor
+    context: RoutingContext
+    mask: PreparedMask | None = None
+    extend: LayerCache | None = None
+
+
+class Stream(NamedTuple):
+    """Residual stream of a micro-batch before a block, to which the experts' outputs of the block before are coming."""
+
+    x: Tensor
+    """(B, S, D)."""
+    coming: InFlight | None = None
+    to: MoE | None = None
+    """Their layer."""
+
+    def arrived(self) -> tuple[Tensor, MoEStats | None]:
+        """Wait for the outputs; return the whole stream (B, S, D) and the layer's statistics."""
+        if self.coming is None or self.to is None:
+            return self.x, None
+        y, stats = self.to.finish(self.coming)
+        return self.x + y, stats
 
 
 class Block(nn.Module):
@@ -67,6 +93,31 @@ class Block(nn.Module):
             y, stats = self.ffn(normed, context)
             return x + y, stats
         return checkpointed(self._without_experts, attend, x, rotary, mask, extend, recompute=again), None
+
+    def overlapped(
+        self, streams: Sequence[Stream], inputs: Sequence[BlockInputs]
+    ) -> tuple[list[Stream], list[MoEStats | None]]:
+        """Run the block on some micro-batches, each of which is computed while the tokens of another one travel.
+
+        Returns their residual streams, and the statistics of the layer before, which has finished only now.
+        """
+        attend, again = self.compiled_attend or self.attend, self.recompute == "block"
+        begun, stats = list[Stream](), []
+        for stream, (rotary, context, mask, extend) in zip(streams, inputs, strict=True):
+            x, before = stream.arrived()
+            stats.append(before)
+            if isinstance(self.ffn, MoE):
+                x, normed = checkpointed(attend, x, rotary, mask, extend, recompute=again)
+                begun.append(Stream(x, self.ffn.begin(normed, context), self.ffn))
+            else:
+                x = checkpointed(self._without_experts, attend, x, rotary, mask, extend, recompute=again)
+                begun.append(Stream(x))
+        if not isinstance(self.ffn, MoE):
+            return begun, stats
+        sent = [stream.coming for stream in begun if stream.coming is not None]
+        computed = self.ffn.compute([coming.rows for coming in sent])
+        back = zip(begun, sent, computed, strict=True)
+        return [stream._replace(coming=coming._replace(rows=rows)) for stream, coming, rows in back], stats
 
     def _without_experts(self, attend: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *args: Any) -> Tensor:
         x, normed = attend(x, *args)

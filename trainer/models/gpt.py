@@ -3,7 +3,7 @@
 # B rows, S tokens in a row, T = B * S, D d_model, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from trainer.data.batches.batch import Batch
 from trainer.errors import ConfigError
 from trainer.models.block import Block
-from trainer.models.blocks import Blocks
+from trainer.models.blocks import Blocks, MicroBatch
 from trainer.models.config import ModelConfig, ShardKeeps
-from trainer.models.kv_cache import Extension, KVCache
+from trainer.models.kv_cache import KVCache
 from trainer.models.lora import add_adapters
 from trainer.models.norm import RMSNorm
 from trainer.models.rotary_embedding import rotary_embedding
@@ -80,6 +80,8 @@ class GPT(nn.Module):
         """If set, losses in chunks are compiled too."""
         self.shard_keeps: ShardKeeps = "gradients"
         """What stays whole between the micro-batches of a step, if weights are sharded."""
+        self.overlaps = False
+        """Whether a step runs two micro-batches at a time, by `overlapped`."""
         self.mask_form: MaskForm = "dense"
         """Form in which the blocks' kernel of attention takes a mask."""
         self.elsewhere = set[str]()  # weights and buffers that were given up
@@ -100,15 +102,31 @@ class GPT(nn.Module):
         Of some consecutive `layers`, `hidden` (B, S, D) is the residual stream before them, and what is returned is the
         one after them; the first ones need none, and the last ones return losses.
         """
-        if options.top_k is not None and self.config.moe is not None:
-            self.config.moe.check_top_k(options.top_k)
-        context = routing_context(batch, options, self.row_parts)
         layers = range(self.config.num_layers) if layers is None else layers
-        x = self.embedding(batch.tokens) if hidden is None else hidden
-        # Positions are the same in every row; not 0 .. S - 1 in a part of longer rows.
-        hidden, moe = self._run(x, batch.position[0], context, layers, masks=self._masks(batch))
+        x, given = self._begin(batch, options, hidden)
+        hidden, moe = self.blocks.run(x, given, self.config, layers)
         if layers.stop < self.config.num_layers:
             return GPTOutput(logits=None, row_loss=x.new_zeros(len(x)), moe=moe, hidden=hidden)
+        return self._output(hidden, moe, batch, want_logits)
+
+    def overlapped(self, batches: Sequence[Batch], options: RoutingOptions = _DEFAULTS) -> list[GPTOutput]:
+        """Return what `forward` does of two micro-batches; one is computed while tokens of the other travel."""
+        xs, given = zip(*(self._begin(batch, options, None) for batch in batches), strict=True)
+        found = zip(self.blocks.run_overlapped(xs, given, self.config), batches, strict=True)
+        return [self._output(hidden, moe, batch, want_logits=False) for (hidden, moe), batch in found]
+
+    def _begin(self, batch: Batch, options: RoutingOptions, hidden: Tensor | None) -> tuple[Tensor, MicroBatch]:
+        """Return the residual stream (B, S, D) before the blocks, and what else they need."""
+        if options.top_k is not None and self.config.moe is not None:
+            self.config.moe.check_top_k(options.top_k)
+        x = self.embedding(batch.tokens) if hidden is None else hidden
+        # Positions are the same in every row; not 0 .. S - 1 in a part of longer rows.
+        rotary = rotary_embedding(self.config, batch.position[0], x.dtype)
+        context = routing_context(batch, options, self.row_parts)
+        return x, MicroBatch(rotary=rotary, context=context, masks=self._masks(batch))
+
+    def _output(self, hidden: Tensor, moe: tuple[MoEStats, ...], batch: Batch, want_logits: bool) -> GPTOutput:
+        """Return the losses of a micro-batch from the residual stream (B, S, D) after the blocks."""
         row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
         vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe, vocab_z=vocab_z)
@@ -216,35 +234,14 @@ class GPT(nn.Module):
             is_incremental=True,
         )
         # A head dimension of size 1, since each row has its own positions.
-        x, every = self.embedding(tokens), range(self.config.num_layers)
-        hidden, moe = self._run(x, extension.positions[:, None], context, every, extension=extension)
+        x = self.embedding(tokens)
+        rotary = rotary_embedding(self.config, extension.positions[:, None], x.dtype)
+        given = MicroBatch(rotary=rotary, context=context, extension=extension)
+        hidden, moe = self.blocks.run(x, given, self.config, range(self.config.num_layers))
         if cache.experts is not None:
             cache.experts.append(experts_of(moe, tokens.shape))
         cache.grow(num_new, at_most=S)
         return hidden
-
-    def _run(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        context: RoutingContext,
-        layers: range,
-        *,
-        masks: Mapping[int | None, PreparedMask | None] | None = None,
-        extension: Extension | None = None,
-    ) -> tuple[Tensor, tuple[MoEStats, ...]]:
-        """Return the residual stream (B, S, D) after some blocks, and the statistics of their MoE layers."""
-        rotary, windows = rotary_embedding(self.config, positions, x.dtype), self.config.windows
-        moe, before = [], sum(layer < layers.start for layer in self.config.moe_layers)
-        for layer, block in self.blocks.numbered(layers):
-            window = windows[layer]
-            extend = None if extension is None else extension.layer(layer, window)
-            mask = None if masks is None else masks[window]
-            routing = context.of_layer(before + len(moe)) if isinstance(block.ffn, MoE) else context
-            x, stats = block(x, rotary, routing, mask, extend)
-            if stats is not None:
-                moe.append(stats)
-        return x, tuple(moe)
 
     def _masks(self, batch: Batch) -> dict[int | None, PreparedMask | None]:
         """Return the keys visible to each query, by the layers' windows; None: all that are not later."""

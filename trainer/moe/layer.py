@@ -1,7 +1,8 @@
 """The MoE layer: route, limit to capacity, dispatch, apply the experts, combine."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,21 @@ from trainer.moe.routing import Router, RouterOutput, RoutingContext
 from trainer.moe.stats import MoEStats, collect_stats
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
+
+
+class InFlight(NamedTuple):
+    """A micro-batch inside the layer, whose tokens travel to their experts or back. FSDP2 looks into named tuples."""
+
+    rows: Any
+    """What the dispatcher has begun, or computed."""
+    shared: Tensor | None
+    """(B, S, D) of the shared experts."""
+    shape: torch.Size
+    """(B, S, D)."""
+    dtype: torch.dtype
+    """Dtype of the output."""
+    collect: Callable[..., MoEStats]
+    """Returns the statistics."""
 
 
 class MoE(nn.Module):
@@ -57,6 +73,12 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, MoEStats]:
         """Return the layer's output for x (B, S, D), 0 for padding, and its statistics."""
+        borrowed = None if self.lend is None else self.lend(self.experts)
+        sent = self.begin(x, context)
+        return self.finish(sent._replace(rows=self._compute(sent.rows, self._with_copies(borrowed))))
+
+    def begin(self, x: Tensor, context: RoutingContext) -> InFlight:
+        """Route the tokens of x (B, S, D) and start to send them; shared experts compute while they travel."""
         tokens = x.flatten(0, 1)  # (T, D)
         routed = self.router(tokens, context)
         if not isinstance(routed, RouterOutput):
@@ -73,20 +95,41 @@ class MoE(nn.Module):
             )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
         placed = decision if self.places is None else self.places.placed(decision)
-        borrowed = None if self.lend is None else self.lend(self.experts)
-        if self.needs_expert_similarity:
-            outputs = ExpertOutputs.of(self.dispatcher, tokens, placed, self._with_copies(borrowed))
-            shared, out, expert_similarity = self._apply_shared(x, context), outputs.sums(), outputs.similarity()
-        else:
-            begun = self.dispatcher.begin(tokens, placed)
-            shared = self._apply_shared(x, context)  # while tokens travel
-            out, expert_similarity = self.dispatcher.finish(begun, self._with_copies(borrowed)), None
-        with self.dispatcher.step_timer.within("combine"):
-            out = out.to(torch.promote_types(x.dtype, decision.combine_weight.dtype)).view(x.shape)
-            out = out if shared is None else out + shared
-        return out, collect_stats(
-            routed, decision, context, needs_importance=self.needs_importance, expert_similarity=expert_similarity
+        # A token's outputs that are compared are dispatched apart, by `compute`.
+        rows = (tokens, placed) if self.needs_expert_similarity else self.dispatcher.begin(tokens, placed)
+        return InFlight(
+            rows=rows,
+            shared=self._apply_shared(x, context),
+            shape=x.shape,
+            dtype=torch.promote_types(x.dtype, decision.combine_weight.dtype),
+            collect=partial(collect_stats, routed, decision, context, needs_importance=self.needs_importance),
         )
+
+    def compute(self, rows: Sequence[Any]) -> list[Any]:
+        """Apply the experts to the tokens of some micro-batches, one after another, and start to send them back.
+
+        The weights that this needs from other ranks are sent once for all of them.
+        """
+        experts = self._with_copies(None if self.lend is None else self.lend(self.experts))
+        return [self._compute(of_batch, experts) for of_batch in rows]
+
+    def finish(self, computed: InFlight) -> tuple[Tensor, MoEStats]:
+        """Wait for the outputs of a micro-batch, and return what `forward` does."""
+        if self.needs_expert_similarity:
+            out, expert_similarity = computed.rows
+        else:
+            out, expert_similarity = self.dispatcher.finish(computed.rows), None
+        with self.dispatcher.step_timer.within("combine"):
+            out = out.to(computed.dtype).view(computed.shape)
+            out = out if computed.shared is None else out + computed.shared
+        return out, computed.collect(expert_similarity=expert_similarity)
+
+    def _compute(self, rows: Any, experts: RunExperts) -> Any:
+        if not self.needs_expert_similarity:
+            return self.dispatcher.compute(rows, experts)
+        tokens, placed = rows
+        outputs = ExpertOutputs.of(self.dispatcher, tokens, placed, experts)
+        return outputs.sums(), outputs.similarity()
 
     def _with_copies(self, borrowed: Callable[[], Mapping[str, Tensor]] | None) -> RunExperts:
         return self.experts if borrowed is None else partial(self.experts, copies=borrowed())

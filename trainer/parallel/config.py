@@ -72,6 +72,11 @@ class ParallelConfig(Config):
     bytes more per weight."""
     dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
     """Dispatcher, which sends rows to their experts."""
+    overlap: Literal["none", "micro_batches"] = "none"
+    """What hides the exchange of rows, beside the shared experts, which always do. `micro_batches`: pairs of
+    a step's micro-batches pass through the layers together, and attention and experts of one are computed while rows of
+    the other travel, forward and backward (DualPipe, Megatron-Core's 1F1B overlap, vLLM's DBO). Activations of two are
+    alive. With `ep_size: 1` nothing is exchanged, and they run one by one. For the native engine without stages."""
     timeout_s: Annotated[float, Field(ge=0.1, le=1e8)] = 60.0
     """Seconds that a collective may take before a rank counts as lost; reading data and saving may take longer."""
     check_copies_every: Count | None = 100
@@ -110,6 +115,11 @@ class ParallelConfig(Config):
     def degrees(self) -> Degrees:
         """Sizes of the groups that ranks are divided into."""
         return Degrees.of(self)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether two micro-batches pass through the layers together."""
+        return self.overlap == "micro_batches" and self.ep_size > 1
 
     def recompute_of(self, layer: int) -> Recompute:
         """Return what is recomputed of block `layer`."""

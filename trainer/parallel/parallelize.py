@@ -69,6 +69,7 @@ def parallelize(
         moe.dispatcher = build_plugin(config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, num_places)
         moe.dispatcher.step_timer = mesh.world.recorder.step_timer
     model.loss_chunk, model.shard_keeps = config.loss_chunk, config.shard_keeps
+    model.overlaps = config.overlaps
     for layer, block in model.blocks.numbered():
         block.set_recompute(config.recompute_of(layer))
     choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)

@@ -61,8 +61,12 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
         gather_ahead(model)
     # It warns of what nothing here does: to change in place what a layer returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
-    for method in ("next_logits", "target_log_probs"):
+    for method in ("next_logits", "target_log_probs", "overlapped"):
         register_fsdp_forward_method(model, method)
+    for block in cast(Iterable[Block], model.blocks):
+        register_fsdp_forward_method(block, "overlapped")
+    for moe in model.moe_layers():
+        register_fsdp_forward_method(moe, "compute")
     return model
 
 

@@ -53,10 +53,11 @@ def _measured(config: ExperimentConfig, ranks: Ranks, *, whole: bool) -> StepCos
         ranks_per_node=ranks.per_node,
         **asdict(own.degrees),
     )
-    # Steps of one are different: they need no counting pass, and no gradients are accumulated.
-    taken = num_batches if whole else min(3, num_batches)
-    step = fake_step(config, layout, load, device=ranks.device, micro_batches=(max(1, taken - 1), taken))
-    return cost_of(step) if taken == num_batches else with_micro_batches(step, taken, num_batches)
+    # Steps of one are different: they need no counting pass, and no gradients are accumulated. Pairs are units.
+    unit = 2 if own.overlaps else 1
+    taken = num_batches if whole or num_batches <= 3 * unit else 3 * unit - num_batches % unit
+    step = fake_step(config, layout, load, device=ranks.device, micro_batches=(max(1, taken - unit), taken))
+    return cost_of(step) if taken == num_batches else with_micro_batches(step, taken, num_batches, unit=unit)
 
 
 def _of_layers(config: ExperimentConfig, num_layers: int) -> ExperimentConfig:

@@ -96,8 +96,8 @@ def with_layers(fewer: StepCost, more: StepCost, pattern: LayerPattern, wanted: 
     )
 
 
-def with_micro_batches(step: ProbedStep, taken: int, wanted: int) -> StepCost:
-    """Extrapolate from a step of `taken` micro-batches and the one before it, of one less; more of them have its peak.
+def with_micro_batches(step: ProbedStep, taken: int, wanted: int, *, unit: int = 1) -> StepCost:
+    """Extrapolate from a step of `taken` micro-batches and the one before it, of `unit` less; more have its peak.
 
     Their rows are there from the beginning.
     """
@@ -106,7 +106,7 @@ def with_micro_batches(step: ProbedStep, taken: int, wanted: int) -> StepCost:
         cost,
         resident=cost.resident + rows,
         peaks={window: peak + rows for window, peak in cost.peaks.items()},
-        totals=_line(totals_of(step.first), cost.totals, wanted - taken + 1),
+        totals=_line(totals_of(step.first), cost.totals, (wanted - taken) / unit + 1),
     )
 
 

@@ -33,7 +33,7 @@ def all_cases(
     if "deepspeed" in engines:
         # Dispatchers and engines are independent: one dispatcher is enough.
         usual = Case(micro_batch_size=1)
-        kept = ("dispatcher", "chunks", "row_budget", "data", "cp", "pp_size")
+        kept = ("dispatcher", "chunks", "row_budget", "data", "cp", "pp_size", "overlap")
         plain = [case for case in cases if all(getattr(case, key) == getattr(usual, key) for key in kept)]
         plain.insert(0, reference(config))
         found = found + [replace(case, zero_stage=stage) for stage in stages for case in plain]
@@ -82,12 +82,23 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
                 cases.append(Case(**degrees, row_budget=budget, micro_batch_size=share))
             if ep_size == 4:
                 cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
+            cases += _overlapped(degrees, share)
     cases += _shared_rows(config)
     cases += _pipelines(config)
     if config.train.routing_replay is not None or config.metrics.routing_record is not None:
         whole = [case for case in cases if case.pp_size == 1]  # a stage does not know the experts of others
         cases += [replace(case, replays=True) for case in whole if case.data == "replicate" and case.chunks == 1]
     return cases
+
+
+def _overlapped(degrees: dict[str, Any], share: int) -> list[Case]:
+    """Return layouts in which pairs of micro-batches overlap: even and odd numbers of them, sharded or not."""
+    if share == 1:
+        return []
+    single = Case(**degrees, micro_batch_size=1, overlap="micro_batches")
+    if degrees["world_size"] == degrees["ep_size"]:
+        return [single]
+    return [replace(single, micro_batch_size=-(-share // 2), data="shard", recompute="block")]
 
 
 def _shared_rows(config: ExperimentConfig) -> list[Case]:

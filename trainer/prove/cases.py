@@ -49,6 +49,7 @@ class Case:
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; None: those of a micro-batch."""
     recompute: Recompute = "none"
+    overlap: Literal["none", "micro_batches"] = "none"
     replays: bool = False
     """Replay the experts that a first training under the same layout has chosen."""
 
@@ -71,6 +72,7 @@ class Case:
         engine += ", deterministic" if self.deterministic else ""
         loss = "" if self.loss_chunk is None else f", loss by {self.loss_chunk}"
         again = "" if self.recompute == "none" else f", recompute {self.recompute}"
+        again += ", overlapped" if self.overlap != "none" else ""
         again += ", replayed" if self.replays else ""
         return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}{loss}{again}"
 
@@ -108,6 +110,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "data": case.data,
         "loss_chunk": case.loss_chunk,
         "recompute": case.recompute,
+        "overlap": case.overlap,
         "shard_size": case.shard_size,
         "shard_keeps": case.shard_keeps,
         "deterministic": case.deterministic,

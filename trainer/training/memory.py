@@ -37,9 +37,9 @@ Phase = Literal[
 def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device) -> None:
     """Refuse a training run that cannot fit into this machine's memory, before allocating anything.
 
-    Counts only what must be in memory at once: weights, gradients and moments, one micro-batch's activations, weights
-    that copies of experts are sent and, on a CPU, the rows of a step. Of a pipeline's stages, some need at least the
-    mean of all.
+    Counts only what must be in memory at once: weights, gradients and moments, one micro-batch's activations (two under
+    `parallel.overlap`), weights that copies of experts are sent and, on a CPU, the rows of a step. Of a pipeline's
+    stages, some need at least the mean of all.
 
     Raises:
         ResourceError: with the largest part and the keys that lower it.
@@ -61,7 +61,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     if is_sharded:
         dense, experts = dense // layout.num_shards, experts // layout.num_expert_shards
     state = size * (dense + experts)
-    num_rows = min(config.parallel.micro_batch_size, rows_per_rank)
+    num_rows = min(config.parallel.micro_batch_size * (1 + config.parallel.overlaps), rows_per_rank)
     chunk = config.parallel.loss_chunk
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
     activations = size // 2 * values // layout.cp_size  # may be bfloat16

@@ -34,14 +34,19 @@ class _Calls(TorchDispatchMode):
 
 
 def _engine(
-    keeps: ShardKeeps, dtype: torch.dtype, *, shard_size: int | None = None, counts: str = "previous_step"
+    keeps: ShardKeeps,
+    dtype: torch.dtype,
+    *,
+    shard_size: int | None = None,
+    counts: str = "previous_step",
+    **parallel: Any,
 ) -> NativeEngine:
     moe = {"num_experts": 4, "num_shared_experts": 1, "balance": {"coef": 0.1, "counts": counts}}
     return make_engine(
         tiny_model_config(moe, num_layers=_LAYERS),
         dtype=dtype,
-        mesh=mesh_here(shard_size=shard_size),
-        parallel=ParallelConfig(data="shard", shard_keeps=keeps, shard_size=shard_size),
+        mesh=mesh_here(shard_size=shard_size, ep_size=parallel.get("ep_size", 1)),
+        parallel=ParallelConfig(data="shard", shard_keeps=keeps, shard_size=shard_size, **parallel),
     )
 
 
@@ -52,9 +57,10 @@ def _collectives(
     counts: str = "previous_step",
     *,
     is_ahead: bool = False,
+    **parallel: Any,
 ) -> tuple[int, int]:
     """Gathers and reductions of weights in the second step."""
-    engine = _engine(keeps, dtype, counts=counts)
+    engine = _engine(keeps, dtype, counts=counts, **parallel)
     if is_ahead:
         gather_ahead(engine.model)
     batches = [make_batch(2, 8, seed=i) for i in range(num_micro_batches)]
@@ -100,6 +106,20 @@ def _collectives_ahead() -> tuple[int, int]:
 
 def test_gathering_ahead_gathers_as_often(ranks: Ranks) -> None:
     assert ranks.run(2, _collectives_ahead) == [(5 * 2 * _LAYERS + 1, 2 * _LAYERS + 1)] * 2
+
+
+def _collectives_of_pairs(keeps: ShardKeeps, is_ahead: bool) -> tuple[int, int]:
+    return _collectives(keeps, 4, torch.bfloat16, is_ahead=is_ahead, ep_size=2, overlap="micro_batches")
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+@pytest.mark.parametrize(("keeps", "passes", "reductions"), [("nothing", 4, 2), ("gradients", 3, 1), ("weights", 1, 1)])
+def test_weights_are_gathered_once_for_two_micro_batches_that_overlap(
+    ranks: Ranks, keeps: ShardKeeps, passes: int, reductions: int, is_ahead: bool
+) -> None:
+    rest = 2 if keeps == "nothing" else 1
+    expected = (passes * 2 * _LAYERS + rest, reductions * 2 * _LAYERS + rest)
+    assert ranks.run(4, _collectives_of_pairs, keeps, is_ahead) == [expected] * 4
 
 
 def _gradient(

@@ -1,7 +1,6 @@
 """The dispatcher canary: all dispatchers of this project pass on their ranks, and broken ones are caught on each."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,4 +102,4 @@ class _Unmoved(AllToAllDispatcher):
 
     def arrived(self, exchange: RowExchange, dtype: torch.dtype) -> Dispatched:
         here = super().arrived(exchange, dtype)
-        return replace(here, x=torch.empty_like(here.x) + 0 * here.x)
+        return here._replace(x=torch.empty_like(here.x) + 0 * here.x)

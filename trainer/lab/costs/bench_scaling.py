@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
+from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.lab.costs.bench_step import Planned, compete, step_settings, step_title, with_parallel
 from trainer.lab.costs.cost_options import CostOptions, moe_of
@@ -33,6 +34,11 @@ def _over_ranks(config: ExperimentConfig, num_ranks: int, *, with_peers: bool) -
         TeamPlan(build=build_our_step, arguments=(alone,), threads=num_ranks),
     )
     yield f"turnout, {num_ranks} ranks", TeamPlan(build=build_our_step, arguments=(together,), **ranks)
+    overlapped = TeamPlan(build=build_our_step, arguments=(with_parallel(together, overlap="micro_batches"),), **ranks)
+    rows = config.train.global_batch_size // num_ranks
+    has_pairs = rows > config.parallel.micro_batch_size and isinstance(config.engine, NativeEngineConfig)
+    why = "a rank has one micro-batch in a step (parallel.micro_batch_size), or the engine is not the native one"
+    yield f"turnout, {num_ranks} ranks, overlapped micro-batches", overlapped if has_pairs else why
     # As many rows and assignments for each process: the least that ranks could take on this machine.
     is_enough = moe_of(config).num_experts // num_ranks >= moe_of(config).experts_per_token
     apart = TeamPlan(build=build_step_apart, arguments=(alone,), **ranks)

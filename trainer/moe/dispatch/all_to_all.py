@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +67,8 @@ class AllToAllDispatcher(ExchangingDispatcher):
             wide = torch.promote_types(dtype, decision.combine_weight.dtype)
             return Begun(order=outgoing.order, exchanges=there, dtype=dtype, dtype_of_sum=wide)
 
-    def finish(self, begun: "Begun", experts: RunExperts) -> Tensor:
-        """Compute and send back chunk by chunk, and sum the rows of each token."""
+    def compute(self, begun: "Begun", experts: RunExperts) -> "Returning":
+        """Compute chunk by chunk, and start to send back."""
         within, back = self.step_timer.within, []
         for exchange, part in zip(begun.exchanges, self.chunks.of_rank[self.group.index], strict=True):
             with within("dispatch"):
@@ -75,10 +76,14 @@ class AllToAllDispatcher(ExchangingDispatcher):
             y = self.apply(here, experts, part if len(begun.exchanges) > 1 else None)
             with within("combine"):
                 back.append(self.start(y, exchange.plan.sizes_back))
-        with within("combine"):
-            rows = [exchange.wait().to(begun.dtype) for exchange in back]
+        return Returning(order=begun.order, exchanges=back, dtype=begun.dtype, dtype_of_sum=begun.dtype_of_sum)
+
+    def finish(self, computed: "Returning") -> Tensor:
+        """Wait for the rows, and sum those of each token."""
+        with self.step_timer.within("combine"):
+            rows = [exchange.wait().to(computed.dtype) for exchange in computed.exchanges]
             whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-            return sum_rows(whole, begun.order, dtype=begun.dtype_of_sum)
+            return sum_rows(whole, computed.order, dtype=computed.dtype_of_sum)
 
     def arrived(self, exchange: "RowExchange", dtype: torch.dtype) -> Dispatched:
         """Wait for rows, and return them in `dtype` with their experts."""
@@ -98,8 +103,7 @@ class AllToAllDispatcher(ExchangingDispatcher):
         return RowExchange(rows=self.start(rows, plan.sizes), weight=self.depart(weight, plan.sizes), plan=plan)
 
 
-@dataclass(frozen=True, slots=True)
-class RowExchange:
+class RowExchange(NamedTuple):
     """Rows and their combine weights under way to their experts."""
 
     rows: AllToAll
@@ -107,12 +111,21 @@ class RowExchange:
     plan: ExchangePlan
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(NamedTuple):
     """Rows under way to their experts, chunk by chunk."""
 
     order: ExpertOrder
     exchanges: Sequence[RowExchange]
+    dtype: torch.dtype
+    """Dtype of the rows."""
+    dtype_of_sum: torch.dtype
+
+
+class Returning(NamedTuple):
+    """Outputs of the experts under way to their tokens, chunk by chunk."""
+
+    order: ExpertOrder
+    exchanges: Sequence[AllToAll]
     dtype: torch.dtype
     """Dtype of the rows."""
     dtype_of_sum: torch.dtype

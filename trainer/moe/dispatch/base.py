@@ -2,8 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from trainer.step_timer import StepTimer
 # T tokens here, N tokens or copies of tokens on the rank of their experts, k slots, D d_model.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dispatched:
+class Dispatched(NamedTuple):
     """Tokens on the ranks of their experts: the arguments of `Experts.forward`."""
 
     x: Tensor
@@ -35,29 +33,35 @@ LendExperts = Callable[[nn.Module], Callable[[], Mapping[str, Tensor]]]
 
 
 class Dispatcher(ABC):
-    """Sends tokens to experts and their outputs back. Depends on ranks, not on routing; has no parameters."""
+    """Sends tokens to experts and their outputs back. Depends on ranks, not on routing; has no parameters.
+
+    Between its three parts something else is computed while rows travel, also backward: shared experts, and under
+    `parallel.overlap` another micro-batch. What one part returns for the next is a tensor or (named) tuples of them, in
+    which FSDP2 finds the tensors that it has to watch.
+    """
 
     step_timer: StepTimer = StepTimer()
-    """Measures the three parts of `forward`, once started; `parallelize` sets that of the run."""
+    """Measures the parts of `forward`, once started; `parallelize` sets that of the run."""
 
     def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
         """Return (T, D): the weighted sum of the outputs of each token's experts, in slot order.
 
         It is in the wider dtype of x (T, D) and the combine weights; 0 for a token without experts.
         """
-        y = self.finish(self.begin(x, decision), experts)
+        y = self.finish(self.compute(self.begin(x, decision), experts))
         return y.to(torch.promote_types(x.dtype, decision.combine_weight.dtype))
 
     @abstractmethod
     def begin(self, x: Tensor, decision: RoutingDecision) -> Any:
-        """Start to send each kept assignment of x (T, D) to its expert; the result is for `finish`.
-
-        What is computed before `finish`, such as shared experts, overlaps with the communication, also backward.
-        """
+        """Start to send each kept assignment of x (T, D) to its expert; the result is for `compute`."""
 
     @abstractmethod
-    def finish(self, begun: Any, experts: RunExperts) -> Tensor:
-        """Apply the experts to what has arrived, send their outputs back and return the sum of each token's (T, D)."""
+    def compute(self, begun: Any, experts: RunExperts) -> Any:
+        """Apply the experts to what arrives, and start to send their outputs back; the result is for `finish`."""
+
+    @abstractmethod
+    def finish(self, computed: Any) -> Tensor:
+        """Wait for the outputs and return the sum of each token's (T, D)."""
 
     def apply(self, sent: Dispatched, experts: RunExperts, part: tuple[int, int] | None = None) -> Tensor:
         """Apply the experts here, or those in `part`, to tokens: (N, D)."""

@@ -1,6 +1,6 @@
 """All-to-all that sends a token once to each rank that has any of its experts."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
                 dtype=dtype,
             )
 
-    def finish(self, begun: "_TokenExchange", experts: RunExperts) -> Tensor:
-        """Apply the experts, send each token's sum back, and sum over ranks."""
+    def compute(self, begun: "_TokenExchange", experts: RunExperts) -> "_SumExchange":
+        """Apply the experts, and start to send each token's sum back."""
         within = self.step_timer.within
         with within("dispatch"):
             first, end = self.bounds[self.group.index]
@@ -59,8 +59,14 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
         y = self.apply(Dispatched(x=x, expert_index=expert_index, weight=weight, num_rows=begun.num_rows), experts)
         with within("combine"):
             back = [list(column) for column in zip(*begun.sizes, strict=True)]
-            rows = self.start(y.to(begun.dtype), back).wait().to(begun.dtype)
-            return sum_rows(rows, begun.order, dtype=torch.promote_types(begun.dtype, weight.dtype))
+            wide = torch.promote_types(begun.dtype, weight.dtype)
+            return _SumExchange(begun.order, self.start(y.to(begun.dtype), back), begun.dtype, wide)
+
+    def finish(self, computed: "_SumExchange") -> Tensor:
+        """Wait for each token's sums, and sum over ranks."""
+        with self.step_timer.within("combine"):
+            rows = computed.rows.wait().to(computed.dtype)
+            return sum_rows(rows, computed.order, dtype=computed.dtype_of_sum)
 
     def _first_slots(self, rank: Tensor) -> Tensor:
         """Return the ranks (T, k) of slots, with G for none also where an earlier slot of the token has the same."""
@@ -77,8 +83,7 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
         return self.gather_counts(torch.cat([*counts, num_slots]))[1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TokenExchange:
+class _TokenExchange(NamedTuple):
     """Tokens under way to the ranks of their experts, with the expert and the combine weight of each slot."""
 
     order: ExpertOrder
@@ -92,3 +97,12 @@ class _TokenExchange:
     expert: AllToAll
     dtype: torch.dtype
     """Dtype of the rows."""
+
+
+class _SumExchange(NamedTuple):
+    """Sums of tokens under way from the ranks of their experts."""
+
+    order: ExpertOrder
+    rows: AllToAll
+    dtype: torch.dtype
+    dtype_of_sum: torch.dtype

@@ -16,6 +16,10 @@ class LocalDispatcher(Dispatcher):
             slots = TokenSlots.of(decision)
             return Dispatched(x=x, expert_index=slots.expert_index, weight=slots.weight, num_rows=slots.num_rows)
 
-    def finish(self, begun: Dispatched, experts: RunExperts) -> Tensor:
-        """Return the sums, which the experts have made."""
+    def compute(self, begun: Dispatched, experts: RunExperts) -> Tensor:
+        """Return the sums, which the experts make."""
         return self.apply(begun, experts)
+
+    def finish(self, computed: Tensor) -> Tensor:
+        """Return the sums."""
+        return computed

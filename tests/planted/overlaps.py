@@ -1,0 +1,73 @@
+"""Faults of micro-batches that overlap: their order, their gradients, and the weights that they share."""
+
+from tests.planted.fault import in_package
+
+LAW = "tests/laws/test_overlap.py"
+BITS = f"{LAW}::test_a_pair_is_the_same_bits"
+SHARDED = f"{LAW}::test_every_layout_learns_the_same[sharded]"
+
+FAULTS = [
+    in_package(
+        "two micro-batches of a pair run one after the other",
+        "engine/passes.py",
+        "zip(run.overlapped(pair), pair, strict=True)",
+        "zip([run(batch, None, self._layers) for batch in pair], pair, strict=True)",
+        f"{LAW}::test_rows_of_one_micro_batch_travel_while_the_other_is_computed",
+    ),
+    in_package(
+        "experts compute the micro-batch first whose rows left last",
+        "moe/layer.py",
+        "return [self._compute(of_batch, experts) for of_batch in rows]",
+        "return [self._compute(of_batch, experts) for of_batch in rows[::-1]][::-1]",
+        f"{LAW}::test_rows_of_one_micro_batch_travel_while_the_other_is_computed",
+    ),
+    in_package(
+        "the last of an odd number of micro-batches is left out",
+        "engine/passes.py",
+        "if len(batches) % 2:",
+        "if len(batches) % 2 and len(batches) == 1:",
+        SHARDED,
+    ),
+    in_package(
+        "the objective of a pair is that of its first micro-batch",
+        "engine/passes.py",
+        "gradients.backward(torch.stack(parts).sum())",
+        "gradients.backward(parts[0])",
+        BITS,
+    ),
+    in_package(
+        "sharded gradients of the last pair are not reduced",
+        "engine/passes.py",
+        "is_last=pair[-1] is batches[-1]",
+        "is_last=pair[0] is batches[-1]",
+        f"{LAW}::test_every_layout_learns_the_same[sharded, outputs compared]",
+    ),
+    in_package(
+        "gradients of a pair are summed in bfloat16",
+        "engine/passes.py",
+        "self.engine.autocast(keeps_casts=False)",
+        "self.engine.autocast()",
+        BITS,
+    ),
+    in_package(
+        "experts are not gathered for a pair",
+        "parallel/shard.py",
+        'register_fsdp_forward_method(moe, "compute")',
+        'register_fsdp_forward_method(moe, "finish")',
+        SHARDED,
+    ),
+    in_package(
+        "a pair has the statistics of its first micro-batch",
+        "models/blocks.py",
+        "*(before[number] for before in moe), last",
+        "*(before[0] for before in moe), last",
+        BITS,
+    ),
+    in_package(
+        "a layer's outputs are lost where the next block has no experts",
+        "models/block.py",
+        "            x, before = stream.arrived()\n",
+        "            x, before = stream.arrived() if isinstance(self.ffn, MoE) else (stream.x, stream.arrived()[1])\n",
+        f"{LAW}::test_every_layout_learns_the_same[documents, a tied embedding, dense layers]",
+    ),
+]
