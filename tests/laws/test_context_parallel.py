@@ -59,6 +59,12 @@ MODELS: dict[str, dict[str, Any]] = {
             "device_balance": {"coef": 0.1, "groups": 2},
         }
     },
+    "second choices at random, capacity by choice": {
+        "moe": {
+            "router": {"kind": "gshard"},
+            "capacity": {"factor": 1.0, "min": 1, "policy": "choice_major"},
+        }
+    },
     "experts choose tokens": {"moe": {"router": {"kind": "expert_choice"}, "balance": {"coef": 0.0}}},
     "a transport plan": {"moe": {"router": {"kind": "sinkhorn"}}},
     "a balanced assignment": {"moe": {"router": {"kind": "base"}}},

@@ -91,6 +91,7 @@ def _limit_whole_rows(
         num_experts=decision.num_experts,
         valid=valid,
     )
+    of_rows = replace(of_rows, kept=whole(decision.kept.view(shape)).flatten())  # a router may have dropped some
     everything = replace(
         context,
         valid=valid,
