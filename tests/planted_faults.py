@@ -36,6 +36,7 @@ from tests.planted import (
     data_order,
     diagnoses,
     experts,
+    heads,
     imports,
     latents,
     measures,
@@ -86,6 +87,7 @@ _TOPICS = (
     pages,
     pipelines,
     overlaps,
+    heads,
     diagnoses,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]

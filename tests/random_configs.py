@@ -100,6 +100,7 @@ def draw(number: int, folder: Path) -> Trial:
             case = replace(_layout(drawn, config), replays=_replays(random.Random(f"replays {number}"), config))
             case = _placed(random.Random(f"placement {number}"), case)
             case = _sharing_rows(random.Random(f"rows {number}"), config, case)
+            case = _sharing_heads(random.Random(f"heads {number}"), config, case)
             case = _copied(random.Random(f"copies {number}"), config, case)
             overlaps = case.ep_size > 1 and case.zero_stage is None and number % 2 == 1
             case = replace(case, overlap="micro_batches" if overlaps else "none")
@@ -137,6 +138,20 @@ def _sharing_rows(drawn: random.Random, config: ExperimentConfig, case: Case) ->
     kinds: tuple[Literal["ulysses", "ring"], ...] = ("ulysses", "ring") if size <= config.model.num_heads else ("ring",)
     rows = -(-config.train.global_batch_size * size // case.world_size)
     return replace(case, cp_size=size, cp=drawn.choice(kinds), micro_batch_size=drawn.randint(1, rows))
+
+
+def _sharing_heads(drawn: random.Random, config: ExperimentConfig, case: Case) -> Case:
+    """Draw whether ranks share heads, beside rows or alone."""
+    together = 2 * case.cp_size
+    can_share = case.world_size % together == 0 and config.model.seq_len % (2 * together) == 0
+    if not can_share or case.zero_stage is not None or drawn.random() < 0.6:
+        return case
+    heads = replace(case, tp_size=2, micro_batch_size=min(case.micro_batch_size, config.train.global_batch_size))
+    try:
+        apply_case(config, heads)
+    except (ConfigError, ValidationError):  # as for too few heads of keys
+        return case
+    return heads
 
 
 def _copied(drawn: random.Random, config: ExperimentConfig, case: Case) -> Case:

@@ -26,6 +26,7 @@ from trainer.ops.lora_kernels import LORA_KERNELS
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 from trainer.parallel.pipeline_stages import pipeline_stages
+from trainer.parallel.sharing_rules import sharing_problems
 from trainer.routing_record.replay_rules import record_problem, replay_problems
 
 _KERNEL_DTYPES = {
@@ -103,7 +104,7 @@ class ExperimentConfig(Config):
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
         yield from self._shard_problems()
-        yield from self._context_problems()
+        yield from sharing_problems(self.model, self.parallel, engine=self.engine.kind)
         yield from self._pipeline_problems()
         yield from self._deepspeed_problems()
         recompute, layers = self.parallel.recompute, self.model.num_layers
@@ -234,21 +235,6 @@ class ExperimentConfig(Config):
         if self.parallel.shard_keeps != "gradients" and self.parallel.data != "shard":
             problem = f"{self.parallel.shard_keeps}, but parallel.data is replicate; use shard, or leave it out"
             yield Problem("parallel.shard_keeps", problem)
-
-    def _context_problems(self) -> Iterator[Problem]:
-        """Check that the ranks that share rows can split them, and that all else can work on a part of a row."""
-        size, S, heads = self.parallel.cp_size, self.model.seq_len, self.model.num_heads
-        if size == 1:
-            return
-        if S % (2 * size):
-            longer = -(-S // (2 * size)) * 2 * size
-            given = f"{size} ranks share rows in chunks, two of each rank, and model.seq_len {S} is no multiple of"
-            yield Problem("parallel.cp_size", f"{given} {2 * size}; use another size, or model.seq_len: {longer}")
-        if self.parallel.cp == "ulysses" and heads < size:
-            given = f"ulysses gives each of {size} ranks a head, and model.num_heads is {heads}"
-            yield Problem("parallel.cp_size", f"{given}; use at most {heads}")
-        if self.parallel.compile:
-            yield Problem("parallel.compile", f"true does not go with cp_size {size} yet; use false, or cp_size: 1")
 
     def _pipeline_problems(self) -> Iterator[Problem]:
         """Check that the layers fill the stages, and what does not know stages."""

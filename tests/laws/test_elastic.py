@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.data.batches.row_parts import own_part
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
+from trainer.engine.config import EMAConfig
 from trainer.engine.native import NativeEngine
 from trainer.errors import CheckpointError
 from trainer.parallel.config import ParallelConfig
@@ -53,10 +54,14 @@ class Where:
     cp_size: int = 1
     cp: str = "ulysses"
     pp_size: int = 1
+    tp_size: int = 1
+    has_dense_layer: bool = False
+    """The model has a layer without experts, sinks and biases, and averaged weights."""
 
     def __str__(self) -> str:
         rows = f", cp {self.cp_size} {self.cp}" if self.cp_size > 1 else ""
         stages = f", pp {self.pp_size}" if self.pp_size > 1 else ""
+        stages += f", tp {self.tp_size}" if self.tp_size > 1 else ""
         shard = f"{self.data} {self.shard_size or ''}"
         return f"{self.world_size} ranks, ep {self.ep_size}, {shard}, {self.placement}{rows}{stages}"
 
@@ -90,14 +95,27 @@ STAGES = [
     (Where(4, 1, "shard", pp_size=2), Where(4, 2, pp_size=2)),
     (Where(4, 2, pp_size=2), Where(4, 1, "shard", 2)),
 ]
+DENSE = partial(Where, has_dense_layer=True)
+HEADS = [
+    (DENSE(2, 1, tp_size=2), DENSE(1, 1)),
+    (DENSE(1, 1), DENSE(2, 2, tp_size=2)),
+    (DENSE(4, 2, "shard", tp_size=2), DENSE(4, 4, cp_size=2, tp_size=2)),
+    (DENSE(4, 2, tp_size=2), DENSE(4, 1, "shard", 2, tp_size=2)),
+    (DENSE(3, 1, "shard"), DENSE(4, 1, "shard", tp_size=2, pp_size=2)),
+]
 
 
 def _engine(where: Where, dtype: torch.dtype) -> NativeEngine:
     sizes: dict[str, Any] = {"ep_size": where.ep_size, "shard_size": where.shard_size, "cp_size": where.cp_size}
     sizes |= {"pp_size": where.pp_size, "pp_schedule": "gpipe"}  # which takes a single micro-batch
+    sizes |= {"tp_size": where.tp_size}
     mesh = mesh_here(**sizes) if where.world_size > 1 else Mesh.of_one()
     section = ParallelConfig(data=where.data, placement=where.placement, cp=where.cp, **sizes)  # type: ignore[arg-type]
-    return make_engine(tiny_model_config(MOE), dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
+    model, ema = tiny_model_config(MOE), None
+    if where.has_dense_layer:
+        attention, ema = {"sinks": True, "qkv_bias": True, "out_bias": True}, EMAConfig(decay=0.5)
+        model = tiny_model_config({**MOE, "first_dense_layers": 1}, num_layers=3, attention=attention)
+    return make_engine(model, dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section, ema=ema)
 
 
 def _train(engine: NativeEngine, first: int, last: int) -> list[float]:
@@ -186,6 +204,15 @@ def test_a_run_goes_on_with_other_stages(ranks: Ranks, stay: Stay, before: Where
     run = stay(before, torch.float64, 3)
     found, losses = _on(ranks, after, _go_on, torch.float64, run.folder, 3)
     assert found == run.left
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), HEADS, ids=lambda where: str(where))
+def test_a_run_goes_on_with_heads_on_other_ranks(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
+    run = stay(before, torch.float64, 3)
+    found, losses = _on(ranks, after, _go_on, torch.float64, run.folder, 3)
+    assert found == run.left, "every rank has its own part of it, bit for bit"
+    assert any(name.startswith("ema.") for name in found)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=1e-9, atol=0)
 
 

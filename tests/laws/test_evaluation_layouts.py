@@ -23,6 +23,8 @@ from trainer.parallel.config import ParallelConfig
 
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "2 ranks share rows": (2, 2, {"cp_size": 2}),
+    "2 ranks share heads": (2, 2, {"tp_size": 2}),
+    "4 ranks, two of which share heads": (4, 2, {"tp_size": 2, "data": "shard"}),
     "2 ranks, ep 2": (2, 2, {}),
     "3 ranks, ep 3, uneven experts": (3, 3, {}),
     "4 ranks, ep 2, cut": (4, 2, {"data": "shard"}),
@@ -45,7 +47,7 @@ def score_and_generate(layout: Layout, parallel: dict[str, Any], num_questions: 
     mesh = build_mesh(layout, FlightRecorder())
     config = tiny_model_config({"num_experts": 8}, seq_len=20)
     engine = make_engine(config, dtype=torch.float64, mesh=mesh, parallel=ParallelConfig.model_validate(parallel))
-    context = EvalContext(engine=engine, world=mesh.world, tokens_per_pass=40)
+    context = EvalContext(engine=engine, world=mesh.world, tp=mesh.tp, tokens_per_pass=40)
     questions = _questions(num_questions)
     prompts = [question.prompt for question in questions]
     texts = {
@@ -57,7 +59,7 @@ def score_and_generate(layout: Layout, parallel: dict[str, Any], num_questions: 
 
 def on_a_rank(ep_size: int, parallel: dict[str, Any], num_questions: int) -> dict[str, Any]:
     """Run `score_and_generate` on one of several ranks."""
-    sizes = {"ep_size": ep_size, "cp_size": parallel.get("cp_size", 1)}
+    sizes = {"ep_size": ep_size, "cp_size": parallel.get("cp_size", 1), "tp_size": parallel.get("tp_size", 1)}
     layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), **sizes)
     return score_and_generate(layout, parallel, num_questions)
 
@@ -76,11 +78,21 @@ def evaluate_rows(layout: Layout, parallel: dict[str, Any]) -> tuple[list[EvalSu
 
 def evaluate_on_a_rank(parallel: dict[str, Any]) -> tuple[list[EvalSums], RoutingGap | None]:
     """Run `evaluate_rows` on one of several ranks."""
-    sizes = {"ep_size": parallel.get("ep_size", 1), "cp_size": parallel["cp_size"]}
+    sizes = {"ep_size": parallel.get("ep_size", 1), "cp_size": parallel.get("cp_size", 1)}
+    sizes["tp_size"] = parallel.get("tp_size", 1)
     return evaluate_rows(Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), **sizes), parallel)
 
 
-@pytest.mark.parametrize("parallel", [{"cp_size": 2, "ep_size": 4}, {"cp_size": 4, "cp": "ring"}], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"cp_size": 2, "ep_size": 4},
+        {"cp_size": 4, "cp": "ring"},
+        {"tp_size": 2, "ep_size": 4},
+        {"tp_size": 2, "cp_size": 2, "cp": "ring"},
+    ],
+    ids=str,
+)
 def test_ranks_that_share_rows_evaluate_the_same(ranks: Ranks, parallel: dict[str, Any]) -> None:
     alone, gap = evaluate_rows(Layout(), {})
     for found, its_gap in ranks.run(4, evaluate_on_a_rank, parallel):

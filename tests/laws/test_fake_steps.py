@@ -30,11 +30,13 @@ OF_TWO = {
     "gathered": ["parallel.ep_size=2", "parallel.dispatcher={kind: all_gather}", "parallel.recompute=experts"],
     "padded": ["parallel.ep_size=2", "model.moe.capacity.factor=1.5", "parallel.dispatcher.kind=padded_all_to_all"],
     "overlapped": ["parallel.ep_size=2", "parallel.overlap=micro_batches", "parallel.recompute=norms_and_activations"],
+    "heads": ["parallel.tp_size=2", "parallel.ep_size=2", "model.moe.first_dense_layers=1"],
     "ZeRO 2": ["engine={kind: deepspeed, zero_stage: 2}", "parallel.ep_size=2"],
 }
 OF_FOUR = {
     "copies of shards": ["parallel.data=shard", "parallel.shard_size=2", "parallel.ep_size=2"],
     "rows shared by heads": ["parallel.cp_size=2", "parallel.ep_size=4", "model.moe.balance.scope=sequence"],
+    "heads, sharded": ["parallel.tp_size=2", "parallel.data=shard", "parallel.recompute=norms_and_activations"],
     "rows shared in a ring": ["parallel.cp_size=4", "parallel.cp=ring", "parallel.recompute=block"],
 }
 

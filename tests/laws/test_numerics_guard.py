@@ -17,6 +17,7 @@ from tests.ranks import Ranks, mesh_here
 from tests.registries import DISPATCHERS, LEARNED_ROUTERS
 from trainer.checkpoint.replica_check import check_copies
 from trainer.data.batches.batch import Batch
+from trainer.data.batches.row_parts import own_part
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import Layout, format_ranks
 from trainer.engine.native import NativeEngine
@@ -43,7 +44,7 @@ def _engine(mesh: Mesh, **parallel: Any) -> NativeEngine:
 
 def _share(step: int, layout: Layout) -> list[Batch]:
     whole = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
-    return share_of(whole, layout, 1)
+    return [own_part(batch, layout) for batch in share_of(whole, layout, 1)]
 
 
 def _bits(engine: NativeEngine) -> dict[str, Any]:
@@ -361,9 +362,9 @@ NAMED_FLIPS = [
 
 
 def _one_flip(
-    name: str, victim: int, element: int, bit: int, ep_size: int, data: str, shard_size: int | None = None
+    name: str, victim: int, element: int, bit: int, ep_size: int, data: str, shard_size: int | None = None, tp: int = 1
 ) -> str | None:
-    mesh = mesh_here(ep_size=ep_size, shard_size=shard_size)
+    mesh = mesh_here(ep_size=ep_size, shard_size=shard_size, tp_size=tp)
     engine = _engine(mesh, data=data)
     for step in range(2):
         engine.train_step(_share(step, mesh.layout), lr=3e-3)
@@ -406,6 +407,19 @@ def test_copies_of_a_shard_are_compared(ranks: Ranks) -> None:
     for name in ("embedding.weight", "blocks.0.ffn.experts.w_in"):
         for said in ranks.run(4, _one_flip, f"model.{name}", 1, 2, 30, 1, "shard", 2):
             assert said is not None and f"ranks 1 and 3 hold different copies of {name}" in said
+
+
+def test_copies_of_a_cut_are_compared(ranks: Ranks) -> None:
+    """Of rows and of columns, which ranks 1 and 3 hold; heads without a copy are not compared with others."""
+    for name in ("qkv", "out"):
+        for said in ranks.run(
+            4, _one_flip, f"model.blocks.0.attention.{name}.weight", 1, 2, 30, 2, "replicate", None, 2
+        ):
+            assert (
+                said is not None and f"ranks 1 and 3 hold different copies of blocks.0.attention.{name}.weight" in said
+            )
+    alone = ranks.run(2, _one_flip, "model.blocks.0.attention.out.weight", 1, 2, 30, 1, "replicate", None, 2)
+    assert alone == [None, None]
 
 
 def _starts_apart() -> str | None:

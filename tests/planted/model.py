@@ -134,7 +134,7 @@ FAULTS = [
         "F.linear(self.norm(hidden), self._head_weight())",
         "F.linear(hidden, self._head_weight())",
     ),
-    _in_attention("attention is without its norm", "self.qkv(norm(x))", "self.qkv(x)"),
+    _in_attention("attention is without its norm", "self.qkv, norm(x),", "self.qkv, x,"),
     _in_block("the feed-forward is without its norm", "return x, self.ffn_norm(x)", "return x, x"),
     _in_block(
         "attention has the norm of the feed-forward",
@@ -144,7 +144,7 @@ FAULTS = [
     _in_block("the residual stream ends at attention", "x = x + self.attention(", "x = self.attention("),
     _in_block("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
     _in_block("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
-    _in_block("the residual stream ends at a dense block", "return x + self.ffn(normed)", "return self.ffn(normed)"),
+    _in_block("the residual stream ends at a dense block", "return x + self.ffn(normed,", "return self.ffn(normed,"),
     _in_attention("keys and values are exchanged", "q, k, v = projected.split", "q, v, k = projected.split"),
     _in_gpt(
         "the embedding is scaled by the root of its width",

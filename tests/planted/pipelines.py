@@ -64,8 +64,8 @@ FAULTS = [
     in_package(
         "ranks of a pipeline have other rows",
         "distributed/rank_layout.py",
-        "return self.rank % self.stage_size // self.cp_size",
-        "return self.rank // self.cp_size",
+        "return self.rank % self.stage_size // self.row_size",
+        "return self.rank // self.row_size",
         "distributed/test_rank_layout.py",
     ),
 ]

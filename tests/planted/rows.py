@@ -39,8 +39,8 @@ FAULTS = [
     _fault(
         "the chunks of a rank are neighbours",
         "data/batches/row_parts.py",
-        "part_of(tensor, layout.cp_rank, layout.cp_size)",
-        "tensor.chunk(layout.cp_size, 1)[layout.cp_rank]",
+        "part_of(tensor, layout.row_rank, layout.row_size)",
+        "tensor.chunk(layout.row_size, 1)[layout.row_rank]",
         DENSE,
     ),
     _fault(
@@ -60,8 +60,8 @@ FAULTS = [
     _fault(
         "rotary positions in the part",
         "models/gpt.py",
-        "batch.position[0], x.dtype",
-        "torch.arange(batch.tokens.shape[1]), x.dtype",
+        "context.row_parts.attended(batch.position[0])",
+        "torch.arange(batch.tokens.shape[1])",
         DENSE,
     ),
     _fault(

@@ -202,7 +202,7 @@ def recorded_layout(manifest: Manifest) -> dict[str, int | str]:
     layout = manifest.run.get("layout")
     if not isinstance(layout, dict):
         return {}
-    keys = "world_size", "ep_size", "cp_size", "pp_size", "data", "engine", "placement"
+    keys = "world_size", "ep_size", "cp_size", "tp_size", "pp_size", "data", "engine", "placement"
     found = {key: layout.get(key) for key in keys}
     texts = {key: shown(value)[1:-1] for key, value in found.items() if isinstance(value, str)}
     return texts | {key: value for key, value in found.items() if type(value) is int}

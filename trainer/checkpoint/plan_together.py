@@ -44,7 +44,8 @@ def have_same_tensors(placements: Mapping[str, Placement], group: Group) -> bool
 def copy_groups(mesh: Mesh) -> Iterator[Group]:
     """Yield the groups of ranks that may hold the same parts of a state, each once, the largest first."""
     seen: set[tuple[int, ...]] = set()
-    for group in (mesh.stage, mesh.edp, mesh.shard_copies, mesh.edp_shard_copies):
+    shards = mesh.shard_copies, mesh.edp_shard_copies, mesh.tdp_shard_copies
+    for group in (mesh.stage, mesh.edp, mesh.tdp, *shards):
         if group.size > 1 and group.ranks not in seen:
             seen.add(group.ranks)
             yield group

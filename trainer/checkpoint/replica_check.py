@@ -1,8 +1,8 @@
 """Compare replicated tensors across ranks, to detect and locate a flipped bit.
 
 Parts of a tensor that several ranks hold must be bitwise equal: dense weights, moments and buffers on all ranks,
-experts within each edp group, shards on the ranks that `parallel.shard_size` gives copies of them. Tensors sharded over
-all ranks have no replica, so they cannot be checked.
+experts within each edp group, cuts of matrices within each tdp group, shards on the ranks that `parallel.shard_size`
+gives copies of them. Tensors sharded over all ranks have no replica, so they cannot be checked.
 
 # W ranks, N tensors of a state.
 """
@@ -50,8 +50,9 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
 def _difference(table: Tensor, names: Sequence[str], mesh: Mesh, *, step: int, equal_at: int | None) -> str | None:
     """Return which copies differ, given the fingerprints (W, N, 3) of the ranks with the same layers; None: none do."""
     suspect = torch.zeros(table.shape[:2], dtype=torch.bool)  # (W, N)
-    for period in (1, mesh.layout.ep_size, mesh.shard.size, mesh.layout.ep_size * mesh.edp_shard.size):
-        first_copy = torch.arange(len(table)) % period  # the first rank with the same weights, experts or shards
+    ep, tp = mesh.layout.ep_size, mesh.layout.tp_size
+    for period in (1, ep, tp, mesh.shard.size, ep * mesh.edp_shard.size, tp * mesh.tdp_shard.size):
+        first_copy = torch.arange(len(table)) % period  # the first rank with the same weights, experts, cut or shards
         suspect |= _differs(table, table[first_copy])
     if not suspect.any():
         return None

@@ -1,10 +1,13 @@
-"""Process groups of this rank: all ranks, those with its experts' other shards, those with the same experts."""
+"""Process groups of this rank: all ranks, those with its experts' other shards, those with the same experts.
+
+Likewise with attention and dense feed-forward: those with the other cuts of its matrices (tp), and the same cut (tdp).
+"""
 
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import cast
 
@@ -53,8 +56,14 @@ class Mesh:
     """Ranks of `ep` with this local rank, one per node."""
     edp: Group
     """Ranks with the same experts."""
-    cp: Group
+    rows: Group
     """Ranks with the same rows, each with other columns of them."""
+    cp: Group
+    """Ranks of `rows` that attend together, with the same heads."""
+    tp: Group
+    """Ranks of `rows` that hold one copy of attention and dense feed-forward together, each a cut of their matrices."""
+    tdp: Group
+    """Ranks with the same cut."""
     host: Group
     """All ranks, for small values that are on the host: gloo, so that nothing waits for a GPU; `world` on CPUs."""
     shard: Group
@@ -65,6 +74,10 @@ class Mesh:
     """Ranks of `edp` that together hold one copy of these experts, if they are sharded."""
     edp_shard_copies: Group
     """Ranks of `edp` with the same shard of these experts."""
+    tdp_shard: Group
+    """Ranks of `tdp` that together hold one copy of this cut, if it is sharded."""
+    tdp_shard_copies: Group
+    """Ranks of `tdp` with the same shard of this cut."""
     saving: Group
     """All ranks again, as a separate gloo group for the thread that saves in the background."""
 
@@ -72,24 +85,8 @@ class Mesh:
     def of_one(cls, recorder: FlightRecorder | None = None) -> "Mesh":
         """Return the mesh of a single process."""
         one = Group.of_one(recorder)
-        return cls(
-            layout=Layout(),
-            world=one,
-            stage=one,
-            pp=one,
-            tied=one,
-            ep=one,
-            ep_inside=one,
-            ep_between=one,
-            edp=one,
-            cp=one,
-            shard=one,
-            shard_copies=one,
-            edp_shard=one,
-            edp_shard_copies=one,
-            host=one,
-            saving=one,
-        )
+        kinds = [field.name for field in fields(cls) if field.name != "layout"]
+        return cls(layout=Layout(), **dict.fromkeys(kinds, one))
 
 
 @contextmanager
@@ -265,9 +262,14 @@ def mesh_of_groups(
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
         ep_between=group("ep between nodes", layout.ep_between_ranks()),
         edp=group("edp", layout.edp_ranks()),
+        rows=group("rows", layout.row_ranks()),
         cp=group("cp", layout.cp_ranks()),
+        tp=group("tp", layout.tp_ranks()),
+        tdp=group("tdp", layout.tdp_ranks()),
         shard=group("shard", layout.shard_ranks()),
         shard_copies=group("copies of a shard", layout.shard_copy_ranks()),
         edp_shard=group("edp shard", layout.edp_shard_ranks()),
         edp_shard_copies=group("copies of an edp shard", layout.edp_shard_copy_ranks()),
+        tdp_shard=group("tdp shard", layout.tdp_shard_ranks()),
+        tdp_shard_copies=group("copies of a tdp shard", layout.tdp_shard_copy_ranks()),
     )

@@ -5,10 +5,13 @@ rank = pp_rank * stage_size + ...         a stage of a pipeline: consecutive ran
 rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1 2
                                                                 edp 1: ranks 3 4 5
                                           experts sharded over the columns, replicated down the rows
-rank = data_rank * cp_size + cp_rank      cp_size 2: ranks 0 1, ranks 2 3 and ranks 4 5 each have the same rows of data,
-                                          and each of a pair has other columns of them. Experts are spread over all
-                                          ranks whatever their rows: ep_size and cp_size need not fit each other
-shard_size: neighbouring ranks that shard weights together; with 3, each edp row above holds all dense weights once
+rank = data_rank * row_size + row_rank    row_size 2: ranks 0 1, ranks 2 3 and ranks 4 5 each have the same rows of
+                                          data, and each of a pair has other columns of them. Experts are spread over
+                                          all ranks whatever their rows: ep_size and row_size need not fit each other
+row_rank = cp_rank * tp_size + tp_rank    tp ranks, each with other heads, see their columns together; cp ranks with the
+                                          same heads attend together
+shard_size: neighbouring ranks that shard weights together; with 3, each edp row above holds all dense weights once;
+what tp ranks cut is sharded over those of such a group that hold the same cut
 """
 
 from collections.abc import Sequence
@@ -39,6 +42,8 @@ class Degrees:
     """Neighbouring ranks that together hold one copy of sharded weights; None: all ranks of a stage."""
     cp_size: int = 1
     """Ranks that share rows: consecutive ranks, each with some columns of the same rows."""
+    tp_size: int = 1
+    """Ranks that hold one copy of attention and dense feed-forward together: consecutive ranks, which share rows."""
     pp_size: int = 1
     """Groups of ranks that the layers are split over: each is consecutive ranks."""
     pp_schedule: ScheduleName = "1f1b"
@@ -65,23 +70,40 @@ class Layout(Degrees):
         return Degrees.of(self)
 
     @property
+    def row_size(self) -> int:
+        """Number of ranks that share rows."""
+        return self.cp_size * self.tp_size
+
+    @property
+    def row_rank(self) -> int:
+        """Index of this rank among those that share its rows."""
+        return self.rank % self.row_size
+
+    @property
     def data_rank(self) -> int:
         """Index of this rank's rows: ranks with the same index share rows."""
-        return self.rank % self.stage_size // self.cp_size
+        return self.rank % self.stage_size // self.row_size
 
     @property
     def data_size(self) -> int:
         """Number of groups of ranks that have different rows."""
-        return self.stage_size // self.cp_size
+        return self.stage_size // self.row_size
 
-    @property
-    def cp_rank(self) -> int:
-        """Index of this rank among those that share its rows."""
-        return self.rank % self.cp_size
+    def row_ranks(self) -> list[list[int]]:
+        """Return the ranks that share rows, for all rows."""
+        return _runs(list(range(self.world_size)), self.row_size)
 
     def cp_ranks(self) -> list[list[int]]:
-        """Return the ranks that share rows, for all rows."""
-        return _runs(list(range(self.world_size)), self.cp_size)
+        """Return the ranks that attend to a row together with the same heads, for all rows and cuts of the heads."""
+        return [ranks[first :: self.tp_size] for ranks in self.row_ranks() for first in range(self.tp_size)]
+
+    def tp_ranks(self) -> list[list[int]]:
+        """Return the ranks of each copy of attention and dense feed-forward."""
+        return _runs(list(range(self.world_size)), self.tp_size)
+
+    def tdp_ranks(self) -> list[list[int]]:
+        """Return, for each cut of attention and dense feed-forward, the ranks that hold it."""
+        return [stage[first :: self.tp_size] for stage in self.stage_ranks() for first in range(self.tp_size)]
 
     @property
     def stage_size(self) -> int:
@@ -176,6 +198,19 @@ class Layout(Degrees):
         """Return, for each shard of an expert-parallel rank's experts, the ranks that hold it."""
         return [column for edp in self.edp_ranks() for column in _columns(_runs(edp, self.num_expert_shards))]
 
+    @property
+    def num_cut_shards(self) -> int:
+        """Number of ranks that share a copy of the same cut, if weights are sharded."""
+        return max(1, self.num_shards // self.tp_size)
+
+    def tdp_shard_ranks(self) -> list[list[int]]:
+        """Return the ranks that together hold one copy of a tensor-parallel rank's cut, if weights are sharded."""
+        return [run for tdp in self.tdp_ranks() for run in _runs(tdp, self.num_cut_shards)]
+
+    def tdp_shard_copy_ranks(self) -> list[list[int]]:
+        """Return, for each shard of a tensor-parallel rank's cut, the ranks that hold it."""
+        return [column for tdp in self.tdp_ranks() for column in _columns(_runs(tdp, self.num_cut_shards))]
+
 
 def _runs(ranks: list[int], size: int) -> list[list[int]]:
     return [ranks[first : first + size] for first in range(0, len(ranks), size)]
@@ -232,18 +267,29 @@ def check_layout(degrees: Degrees, *, world_size: int) -> None:
     ep_size, shard_size, stage_size = degrees.ep_size, degrees.shard_size, world_size // degrees.pp_size
     ranks = f"{world_size} ranks that were started" if degrees.pp_size == 1 else f"{stage_size} ranks of a stage"
     divisors = [n for n in range(1, stage_size + 1) if stage_size % n == 0]
-    for key, size in (("ep_size", ep_size), ("cp_size", degrees.cp_size)):
+    cp_size, tp_size = degrees.cp_size, degrees.tp_size
+    for key, size in (("ep_size", ep_size), ("cp_size", cp_size), ("tp_size", tp_size)):
         if stage_size % size:
             raise ConfigError(
                 f"parallel.{key}: {size} does not divide the {ranks}; use one of "
                 f"{', '.join(map(str, divisors))}, or start a multiple of {size} (torchrun --nproc-per-node, --nnodes)"
             )
+    if stage_size % (cp_size * tp_size):
+        raise ConfigError(
+            f"parallel.tp_size: {tp_size} times cp_size {cp_size} ranks share rows, which does not divide the {ranks}; "
+            f"use sizes whose product is one of {', '.join(map(str, divisors))}"
+        )
     if shard_size is None:
         return
-    if stage_size % shard_size or (shard_size % ep_size and ep_size % shard_size):
-        fitting = [n for n in divisors if n > 1 and (n % ep_size == 0 or ep_size % n == 0)]
+    fitting = [n for n in divisors if n > 1 and all(_fits(n, size) for size in (ep_size, tp_size))]
+    if stage_size % shard_size or not all(_fits(shard_size, size) for size in (ep_size, tp_size)):
         advice = f"{', '.join(map(str, fitting))}, or null for all ranks" if fitting else "null"
+        of_cuts = "" if tp_size == 1 else f", and of tp_size {tp_size}"
         raise ConfigError(
             f"parallel.shard_size: {shard_size} must divide the {ranks}, and divide or be "
-            f"a multiple of ep_size {ep_size}; use {advice}"
+            f"a multiple of ep_size {ep_size}{of_cuts}; use {advice}"
         )
+
+
+def _fits(shard_size: int, size: int) -> bool:
+    return shard_size % size == 0 or size % shard_size == 0

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +14,11 @@ from torch import Tensor
 from trainer.checkpoint.coverage import AVERAGE, WEIGHT
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batches.batch import Batch
+from trainer.engine.state_slices import StateSlices
 from trainer.engine.weight_average import WeightAverage
 from trainer.models.gpt import GPT
-from trainer.models.initialize import expert_parameters
 from trainer.moe.stats import MoEStats
 from trainer.ops.tensor_sums import TensorSums
-from trainer.parallel.shards import copy_from_rows, first_row, local, rows, shard_dimension, shard_start
 
 COUNTS = "engine.previous_counts"
 """Name in a state of the assignments to each expert in the last step, by MoE layer."""
@@ -135,7 +133,9 @@ class Engine(ABC):
         self.parameters = dict(model.named_parameters())
         self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
         """Parameters that are not frozen."""
-        self.expert_numbers = expert_parameters(model)
+        self.slices = StateSlices(model)
+        """Which slices of global tensors this rank holds."""
+        self.expert_numbers, self.cut_parameters = self.slices.expert_numbers, self.slices.cut_parameters
         self.optimizer_steps = 0
         self.moments_since: dict[str, int] = {}
         """Optimizer steps before the first one of a parameter's moments, where there were some: it was frozen then."""
@@ -193,7 +193,7 @@ class Engine(ABC):
         fresh = set()
         for name, tensor in {**self._tensors(), **self._averages()}.items():
             part = state.slices[name]
-            copy_from_rows(tensor, part.tensor)
+            self.slices.copy(name, tensor, part.tensor)
             if part.is_frozen and (parameter := name.removeprefix(WEIGHT)) in self.learning:
                 fresh.add(parameter)
                 since[parameter] = self.optimizer_steps
@@ -229,12 +229,12 @@ class Engine(ABC):
         values = {"optimizer_steps": self.optimizer_steps, **since}
         if self.average is not None:
             values[UPDATES] = self.average.num_updates
-        averages = {name: self._slice(name, tensor) for name, tensor in self._averages().items()}
+        averages = {name: self.slices.of(name, tensor) for name, tensor in self._averages().items()}
         return TrainState(slices={**self.state_without_moments().slices, **averages, **moments}, values=values)
 
     def state_without_moments(self) -> TrainState:
         """Return weights, buffers and counters only, by name: all that a run at step 0 needs. Collective."""
-        return TrainState(slices={name: self._slice(name, tensor) for name, tensor in self._tensors().items()})
+        return TrainState(slices={name: self.slices.of(name, tensor) for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return weights, buffers and counters, which every engine lays out alike."""
@@ -246,29 +246,3 @@ class Engine(ABC):
     def _averages(self) -> dict[str, Tensor]:
         """Return the moving averages, each laid out as its weight is."""
         return {} if self.average is None else {f"{AVERAGE}{n}": t for n, t in self.average.tensors.items()}
-
-    def _slice(self, name: str, tensor: Tensor, *, purpose: Literal["state", "held", "wanted"] = "state") -> Slice:
-        """Return this rank's slice of a global tensor: its own experts, and its shard of a sharded tensor.
-
-        If the tensor is sharded along another dimension than 0, a slice of the state is collective; the others are not:
-        what is wanted are all rows, without values, and what is held has another start on each rank.
-        """
-        has_one = name.startswith((WEIGHT, AVERAGE))
-        parameter = name.partition(".")[2] if has_one else name.split(".", 2)[-1]  # optim.exp_avg.NAME
-        numbers, shape = self.expert_numbers.get(parameter), tuple(tensor.shape)
-        if numbers is not None and self.moe_config is not None:
-            shape = (self.moe_config.num_experts, *shape[1:])
-        start = 0
-        if shard_dimension(tensor) != 0 and purpose == "wanted":
-            mine = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        elif purpose == "held":
-            start, mine = shard_start(tensor), local(tensor)
-        else:
-            start, mine = first_row(tensor), rows(tensor)
-        is_frozen = name.startswith(WEIGHT) and parameter in self.parameters and parameter not in self.learning
-        marks = {"is_of_experts": numbers is not None, "is_frozen": is_frozen}
-        if numbers is None:
-            return Slice(tensor=mine, global_shape=shape, start=start, **marks)
-        if purpose == "held":  # another start for each rank's experts and each shard
-            return Slice(tensor=mine, global_shape=shape, start=numbers[0] + start * shape[0], **marks)
-        return Slice(tensor=mine, global_shape=shape, **marks).at(numbers[start : start + len(mine)])

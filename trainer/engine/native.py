@@ -20,7 +20,7 @@ from trainer.optim.create import MOMENTS, create_optimizer, scale_rates, set_rat
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.accumulate import before_backward, before_forward, step_of
 from trainer.parallel.replicate import GradientReducer
-from trainer.parallel.shards import copy_from_rows, is_first_copy, local
+from trainer.parallel.shards import is_first_copy, local
 
 
 class NativeEngine(StepEngine):
@@ -41,21 +41,28 @@ class NativeEngine(StepEngine):
             not_decayed=[p for name, p in self.learning.items() if not is_decayed(name, p)],
         )
         scale_rates(self.optimizer, {p: self.rate_factors[name] for name, p in self.learning.items()})
-        self._dense = [p for name, p in self.learning.items() if name not in self.expert_numbers]
         self._experts = [p for name, p in self.learning.items() if name in self.expert_numbers]
+        self._cut = [p for name, p in self.learning.items() if name in self.cut_parameters]
+        """Weights that tensor-parallel ranks hold together."""
+        others = {*self.expert_numbers, *self.cut_parameters}
+        self._dense = [p for name, p in self.learning.items() if name not in others]
         is_on_two_stages = model.config.tie_embeddings and self.mesh.tied.size > 1
         self._tied = self.learning.get("embedding.weight") if is_on_two_stages else None
         """Weight of the embedding here and of the head on another stage, or the other way round."""
         self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)
-            for parameters, group in ((self._dense, self.mesh.stage), (self._experts, self.mesh.edp))
+            for parameters, group in (
+                (self._dense, self.mesh.stage),
+                (self._experts, self.mesh.edp),
+                (self._cut, self.mesh.tdp),
+            )
         ]
 
     def gradients(self) -> TrainState:
         """Return the gradients by name of a parameter that learns; zeros for parameters without one."""
         return TrainState(
             slices={
-                name: self._slice(f"model.{name}", torch.zeros_like(p) if p.grad is None else p.grad)
+                name: self.slices.of(f"model.{name}", torch.zeros_like(p) if p.grad is None else p.grad)
                 for name, p in self.learning.items()
             }
         )
@@ -87,7 +94,8 @@ class NativeEngine(StepEngine):
         """Finish the all-reduce over replicas; return this rank's part of the squared norm.
 
         The gradient of a local expert already includes the tokens of all expert-parallel ranks, through the backward
-        of the all-to-all. Sharded gradients were reduced by FSDP.
+        of the all-to-all, and that of a cut the tokens of all tensor-parallel ranks. Sharded gradients were reduced by
+        FSDP.
         """
         for gradient_reducer in self.gradient_reducers:
             gradient_reducer.finish()
@@ -96,7 +104,8 @@ class NativeEngine(StepEngine):
             self.mesh.tied.all_reduce_(local(self._tied.grad))
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
         once = [p for p in self._dense if p is not self._tied or self.mesh.tied.index == 0]
-        for mine, is_first in ((once, layout.is_first_of_stage), (self._experts, layout.edp_rank == 0)):
+        firsts = layout.is_first_of_stage, layout.edp_rank == 0, self.mesh.tdp.index == 0
+        for mine, is_first in zip((once, self._experts, self._cut), firsts, strict=True):
             if gradients := _counted(mine, is_first=is_first):
                 square = square + square_norm(gradients)
         return square
@@ -120,11 +129,11 @@ class NativeEngine(StepEngine):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _findings(self, local_objective: Tensor) -> Findings:
-        dense, experts = (gradient_reducer.local_is_finite for gradient_reducer in self.gradient_reducers)
+        dense, experts, cut = (gradient_reducer.local_is_finite for gradient_reducer in self.gradient_reducers)
         return Findings(
             gradients=[n for n, p in self.learning.items() if p.grad is not None and not is_finite(local(p.grad))],
             loss_is_finite=is_finite(local_objective),
-            dense_share_is_finite=dense,
+            dense_share_is_finite=dense and cut,
             expert_share_is_finite=experts,
         )
 
@@ -138,10 +147,12 @@ class NativeEngine(StepEngine):
 
     def _slices(self, purpose: Literal["held", "wanted"]) -> TrainState:
         tensors = {**self._tensors(), **self._averages(), **self._moment_tensors()}
-        return TrainState(slices={name: self._slice(name, tensor, purpose=purpose) for name, tensor in tensors.items()})
+        return TrainState(
+            slices={name: self.slices.of(name, tensor, purpose=purpose) for name, tensor in tensors.items()}
+        )
 
     def _moments(self) -> dict[str, Slice]:
-        return {name: self._slice(name, tensor) for name, tensor in self._moment_tensors().items()}
+        return {name: self.slices.of(name, tensor) for name, tensor in self._moment_tensors().items()}
 
     def _moment_tensors(self) -> dict[str, Tensor]:
         return {f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.learning.items() for key in MOMENTS}
@@ -154,7 +165,8 @@ class NativeEngine(StepEngine):
                 if name in fresh:
                     local(mine[key]).zero_()
                 else:
-                    copy_from_rows(mine[key], state.slices[f"optim.{key}.{name}"].tensor)
+                    moment = f"optim.{key}.{name}"
+                    self.slices.copy(moment, mine[key], state.slices[moment].tensor)
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """Return the optimizer state of a parameter, created as torch does if there was no step yet."""

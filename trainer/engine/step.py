@@ -47,7 +47,7 @@ class StepEngine(Engine):
             self.average = WeightAverage(numerics.ema, model)
         self.rate_factors = rate_factors(model, numerics.lr_scale)
         self.losses = None if self.moe_config is None else self.moe_config.aux_losses
-        self.global_stats = GlobalStats(self.losses, mesh.stage, mesh.cp)
+        self.global_stats = GlobalStats(self.losses, mesh.stage, mesh.rows)
         self.moe_layers = MoELayers.of(model.config, model.blocks.numbers)
         """The MoE layers that are here."""
         self.passes = self._passes(model)

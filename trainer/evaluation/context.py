@@ -1,7 +1,7 @@
 """Evaluation context: the model, its process group and its token budget for a forward pass."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from trainer.distributed.collectives import Group
@@ -22,8 +22,20 @@ class EvalContext:
     world: Group
     """All ranks. Each evaluates its share, and all run the same number of forward passes, since experts exchange tokens
     in each of them."""
+    tp: Group = field(default_factory=Group.of_one)
+    """Ranks that hold one copy of the heads together, so that they evaluate the same share."""
     tokens_per_pass: int
     """Token budget of one rank's forward pass, padding included; a longer sequence gets a pass of its own."""
+
+    @property
+    def num_shares(self) -> int:
+        """Number of shares that evaluations are split into."""
+        return self.world.size // self.tp.size
+
+    @property
+    def share(self) -> int:
+        """Index of this rank's share."""
+        return self.world.index // self.tp.size
 
     @property
     def seq_len(self) -> int:

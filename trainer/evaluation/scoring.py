@@ -70,15 +70,19 @@ def score(context: EvalContext, questions: Sequence[Question]) -> list[list[Scor
     order = sorted(range(len(questions)), key=lambda i: -longest[i])  # little padding
     # Only counted here: keeping all rounds would keep an object per completion.
     num_passes = [
-        sum(len(one.passes) + bool(one.prefixes) for one in _rounds(questions, order[rank :: world.size], context))
-        for rank in range(world.size)
+        sum(
+            len(one.passes) + bool(one.prefixes)
+            for one in _rounds(questions, order[share :: context.num_shares], context)
+        )
+        for share in range(context.num_shares)
     ]
-    rounds = _rounds(questions, order[world.index :: world.size], context)
+    rounds = _rounds(questions, order[context.share :: context.num_shares], context)
     local = [(*key, score.log_prob, score.is_greedy) for one in rounds for key, score in _run(context, one)]
-    for _ in range(max(num_passes) - num_passes[world.index]):
+    for _ in range(max(num_passes) - num_passes[context.share]):
         _empty_pass(context)
     scores: list[list[Score]] = [[] for _ in questions]
-    for question, _, log_prob, is_greedy in sorted(item for part in barrier_gather(world, local) for item in part):
+    mine = local if context.tp.index == 0 else []
+    for question, _, log_prob, is_greedy in sorted(item for part in barrier_gather(world, mine) for item in part):
         scores[question].append(Score(log_prob=log_prob, is_greedy=is_greedy))
     return scores
 

@@ -23,7 +23,7 @@ from trainer.moe.experts import Experts
 from trainer.moe.layer import InFlight, MoE
 from trainer.moe.routing import RoutingContext
 from trainer.moe.stats import MoEStats
-from trainer.ops.attention_mask import PreparedMask
+from trainer.ops.attention_mask import PreparedMask, RowMask
 from trainer.ops.kernels import ExpertsKernel
 
 
@@ -119,9 +119,11 @@ class Block(nn.Module):
         back = zip(begun, sent, computed, strict=True)
         return [stream._replace(coming=coming._replace(rows=rows)) for stream, coming, rows in back], stats
 
-    def _without_experts(self, attend: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *args: Any) -> Tensor:
-        x, normed = attend(x, *args)
-        return x + self.ffn(normed)
+    def _without_experts(
+        self, attend: Callable[..., tuple[Tensor, Tensor]], x: Tensor, rotary: Tensor, mask: Any, extend: Any
+    ) -> Tensor:
+        x, normed = attend(x, rotary, mask, extend)
+        return x + self.ffn(normed, is_part=isinstance(mask, RowMask))
 
     def attend(
         self, x: Tensor, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None

@@ -118,14 +118,6 @@ class ModelConfig(Config):
         return int(self.head_dim * self.attention.rotary_fraction) if latent is None else latent.qk_rope_head_dim
 
     @property
-    def cache_shape(self) -> tuple[int, tuple[int, int]]:
-        """Number of heads in the cache, and the widths of their keys and values."""
-        latent = self.attention.latent
-        if latent is not None:
-            return 1, (latent.cached_values, 0)  # values are part of the keys
-        return self.num_kv_heads or self.num_heads, self.head_widths
-
-    @property
     def windows(self) -> tuple[int | None, ...]:
         """Keys that a query sees in each layer; None: all."""
         own = self.attention
@@ -186,6 +178,12 @@ class ModelConfig(Config):
         dense += num_moe * (self.feed_forward_weights(self.moe.shared_width) + (D if self.moe.shared_gate else 0))
         biases = hidden_width(self.moe.d_ff, self.activation_function) + D if self.moe.expert_bias else 0
         return Weights(dense, num_moe * (self.feed_forward_weights(self.moe.d_ff) + biases) + of_adapters.expert)
+
+    @property
+    def cut_weights(self) -> int:
+        """Weights of the matrices that tensor-parallel ranks cut, in all layers."""
+        matrices = [one for one in self.projections() if one.group in ("attention", "dense") and one.name != "qkv_a"]
+        return sum(one.rows * one.columns * one.count for one in matrices)
 
     def activations(self, *, vocab_size: int, num_rows: int, loss_chunk: int | None) -> int:
         """Return a lower bound of the values in memory at once: residual streams, and the logits of a chunk."""

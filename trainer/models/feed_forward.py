@@ -4,12 +4,15 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
 from trainer.models.recompute import checkpointed
+from trainer.models.token_exchange import TokenExchange, keep_cuts, project_in, project_out
 from trainer.ops.activations import Activation, hidden_width
+from trainer.ops.cut import Cut
 from trainer.ops.expert_ffn import activate
 
 
@@ -23,16 +26,29 @@ class FeedForward(nn.Module):
         self.w_out = nn.Linear(d_ff, config.d_model, bias=False)
         self.activate: Callable[[Tensor, Activation], Tensor] = activate
         self.recompute: Recompute = "none"
+        self.exchange: TokenExchange | None = None
+        """Exchanges tokens with the ranks that have the other hidden units; None: all are here."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to x (..., D)."""
-        return checkpointed(self._both, x, recompute=self.recompute == "block")
+    def cut_of_units(self, first: int, last: int) -> dict[str, Cut]:
+        """Return the cuts of both matrices that belong to some of the d_ff hidden units."""
+        d_ff, width = self.w_out.in_features, self.w_in.out_features
+        rows = tuple((at + first, at + last) for at in range(0, width, d_ff))  # of the gate, and of what it multiplies
+        return {"w_in.weight": Cut(0, width, rows), "w_out.weight": Cut(1, d_ff, ((first, last),))}
 
-    def _both(self, x: Tensor) -> Tensor:
-        return checkpointed(self._second, self.w_in(x), recompute=self.recompute == "norms_and_activations")
+    def keep_units(self, first: int, last: int) -> None:
+        """Keep only some of the hidden units."""
+        keep_cuts(self, self.cut_of_units(first, last))
 
-    def _second(self, h: Tensor) -> Tensor:
-        return self.w_out(self.activate(h, self.activation))
+    def forward(self, x: Tensor, *, is_part: bool = False) -> Tensor:
+        """Apply to x (..., D), a part of each row if `is_part`."""
+        return checkpointed(partial(self._both, is_part=is_part), x, recompute=self.recompute == "block")
+
+    def _both(self, x: Tensor, *, is_part: bool) -> Tensor:
+        second, again = partial(self._second, is_part=is_part), self.recompute == "norms_and_activations"
+        return checkpointed(second, project_in(self.w_in, x, self.exchange, is_part=is_part), recompute=again)
+
+    def _second(self, h: Tensor, *, is_part: bool) -> Tensor:
+        return project_out(self.w_out, self.activate(h, self.activation), self.exchange, is_part=is_part)
 
 
 class SharedExperts(FeedForward):
@@ -42,7 +58,7 @@ class SharedExperts(FeedForward):
         super().__init__(config, d_ff)
         self.gate = nn.Linear(config.d_model, 1, bias=False) if has_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, is_part: bool = False) -> Tensor:
         """Apply to x (..., D)."""
-        y = super().forward(x)
+        y = super().forward(x, is_part=is_part)
         return y if self.gate is None else self.gate(x).sigmoid() * y

@@ -121,8 +121,9 @@ class GPT(nn.Module):
             self.config.moe.check_top_k(options.top_k)
         x = self.embedding(batch.tokens) if hidden is None else hidden
         # Positions are the same in every row; not 0 .. S - 1 in a part of longer rows.
-        rotary = rotary_embedding(self.config, batch.position[0], x.dtype)
         context = routing_context(batch, options, self.row_parts)
+        positions = batch.position[0] if context.row_parts is None else context.row_parts.attended(batch.position[0])
+        rotary = rotary_embedding(self.config, positions, x.dtype)
         return x, MicroBatch(rotary=rotary, context=context, masks=self._masks(batch))
 
     def _output(self, hidden: Tensor, moe: tuple[MoEStats, ...], batch: Batch, want_logits: bool) -> GPTOutput:
@@ -181,14 +182,11 @@ class GPT(nn.Module):
 
     def new_cache(self, num_rows: int, capacity: int, *, keeps_experts: bool = False) -> KVCache:
         """Return an empty cache for `capacity` tokens per row; `keeps_experts` needs routers with a fixed k."""
-        (num_heads, widths), weight = self.config.cache_shape, self.embedding.weight
+        (_, block), weight = next(self.blocks.numbered()), self.embedding.weight
+        num_heads, widths = block.attention.cache_shape
+        shape = self.config.num_layers, num_rows, capacity, num_heads
         # Not by `new_zeros`: of a sharded weight it makes a sharded tensor.
-        keys, values = (
-            torch.zeros(
-                (self.config.num_layers, num_rows, capacity, num_heads, width), dtype=weight.dtype, device=weight.device
-            )
-            for width in widths
-        )
+        keys, values = (torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device) for width in widths)
         return KVCache(
             keys=keys,
             values=values,

@@ -15,6 +15,7 @@ from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import FACTOR_A, FACTOR_B, initial_std, is_matrix, parameter_role
 from trainer.moe.experts import Experts
 from trainer.moe.routing import Router
+from trainer.ops.cut import Cut
 from trainer.ops.noise import stable_hash
 
 # E experts.
@@ -26,7 +27,9 @@ class WeightShard:
 
     local: Tensor
     index: tuple[slice, ...]
-    """Where it is in the weight: a range of every dimension, with beginning and end."""
+    """Where it is in the weight, or in the cut of it: a range of every dimension, with beginning and end."""
+    cut: Cut | None = None
+    """Of which a rank has a part; None: of the whole weight."""
 
 
 @torch.no_grad()
@@ -67,8 +70,11 @@ def initialize(
                     seed_of_e = stable_hash("init", seed, name, numbers[name][e])
                     fill(weight, values, seed_of_e, shape=parameter.shape[1:], index=inside)
             case _:
-                seed_of_p = stable_hash("init", seed, name)
-                fill(part.local, values, seed_of_p, shape=parameter.shape, index=part.index)
+                cut = part.cut or Cut(0, parameter.shape[0], ((0, parameter.shape[0]),))
+                for here, index in cut.pieces(part.index):
+                    piece = part.local.narrow(cut.dim, here.start, here.stop - here.start)
+                    shape, seed_of_p = cut.whole_shape(parameter.shape), stable_hash("init", seed, name)
+                    fill(piece, values, seed_of_p, shape=shape, index=index)
     for buffer in model.buffers():
         buffer.zero_()
 

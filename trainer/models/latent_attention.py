@@ -18,8 +18,10 @@ from trainer.models.lora import whole_weight
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
 from trainer.models.rotary_embedding import latent_score_scale
+from trainer.models.token_exchange import TokenExchange, keep_cuts, project_out
 from trainer.ops.attention import CausalAttention, torch_attention
-from trainer.ops.attention_mask import PreparedMask
+from trainer.ops.attention_mask import PreparedMask, RowMask
+from trainer.ops.cut import Cut
 from trainer.ops.rotary import rotate
 
 
@@ -40,15 +42,51 @@ class LatentAttention(nn.Module):
         self.score_scale = latent_score_scale(config)
         self.core_attention: CausalAttention = torch_attention
         self.recompute: Recompute = "none"
+        self.exchange: TokenExchange | None = None
+        """Exchanges tokens with the ranks that have the other heads; None: all heads are here."""
+        self.own_queries = slice(None)
+        """Columns of the queries that belong to the heads here, where they are not compressed."""
+
+    @property
+    def num_key_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_heads
+
+    @property
+    def cache_shape(self) -> tuple[int, tuple[int, int]]:
+        """Number of heads in the cache, and the widths of their entries: values are part of the keys."""
+        return 1, (self.latent.cached_values, 0)
+
+    def cut_of_heads(self, first: int, last: int) -> dict[str, Cut]:
+        """Return the cuts of the parameters that belong to some heads; what makes latents is whole."""
+        heads, latent = self.num_heads, self.latent
+
+        def cut(dim: int, width: int) -> Cut:
+            return Cut(dim, heads * width, ((first * width, last * width),))
+
+        cuts = {
+            "kv_b.weight": cut(0, latent.qk_nope_head_dim + latent.v_head_dim),
+            "out.weight": cut(1, latent.v_head_dim),
+        }
+        return cuts if self.q_b is None else {"q_b.weight": cut(0, latent.qk_head_dim), **cuts}
+
+    def keep_heads(self, first: int, last: int) -> None:
+        """Keep only some heads."""
+        keep_cuts(self, self.cut_of_heads(first, last))
+        self.num_heads, width = last - first, self.latent.qk_head_dim
+        if self.q_b is None:
+            self.own_queries = slice(first * width, last * width)
 
     def forward(
         self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None
     ) -> Tensor:
         """Attend over norm(x) (B, S, D), and over the cache if there is one; arguments as in `Attention.forward`."""
-        B, S, _ = x.shape
-        again = self.recompute == "norms_and_activations" and extend is None
+        is_part, again = isinstance(mask, RowMask), self.recompute == "norms_and_activations" and extend is None
         projected = checkpointed(lambda x: self.qkv_a(norm(x)), x, recompute=again)
+        if self.exchange is not None:  # narrower than x, so that no rank makes the latents of other ranks' tokens
+            projected = self.exchange.gathered(projected, is_part=is_part)
         q, latent, k_rope = projected.split(self.widths, dim=-1)  # latent (B, S, c)
+        q = q[..., self.own_queries]
         q_nope, q_rope = self._of_heads(checkpointed(self._queries, q, recompute=again)).split(
             [self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim], dim=-1
         )
@@ -60,7 +98,7 @@ class LatentAttention(nn.Module):
             y = self.core_attention(q, k, v, mask, None)
         else:
             y = self._attend_over_cache(q, self.kv_norm(latent), k_rope, extend)
-        return self.out(y.transpose(1, 2).reshape(B, S, -1))
+        return project_out(self.out, y.transpose(1, 2).flatten(2), self.exchange, is_part=is_part)
 
     def _queries(self, q: Tensor) -> Tensor:
         return q if self.q_norm is None or self.q_b is None else self.q_b(self.q_norm(q))

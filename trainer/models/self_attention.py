@@ -13,8 +13,10 @@ from trainer.models.config import ModelConfig, Recompute
 from trainer.models.kv_cache import LayerCache
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
+from trainer.models.token_exchange import TokenExchange, keep_cuts, project_in, project_out
 from trainer.ops.attention import CausalAttention, torch_attention
-from trainer.ops.attention_mask import PreparedMask
+from trainer.ops.attention_mask import PreparedMask, RowMask
+from trainer.ops.cut import Cut
 from trainer.ops.rotary import rotate
 from trainer.ops.scored_attention import ScoreRule
 
@@ -39,6 +41,39 @@ class Attention(nn.Module):
         self.score_scale = 1.0 if own.scale is None else own.scale * config.head_dim**0.5
         self.core_attention: CausalAttention = torch_attention
         self.recompute: Recompute = "none"
+        self.exchange: TokenExchange | None = None
+        """Exchanges tokens with the ranks that have the other heads; None: all heads are here."""
+
+    @property
+    def num_key_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.widths[1] // self.head_dim
+
+    @property
+    def cache_shape(self) -> tuple[int, tuple[int, int]]:
+        """Number of heads in the cache, and the widths of their keys and values."""
+        return self.num_key_heads, (self.head_dim, self.head_dim)
+
+    def cut_of_heads(self, first: int, last: int) -> dict[str, Cut]:
+        """Return the cuts of the parameters that belong to some heads of keys and values, and to their queries."""
+        shared, d = self.num_heads // self.num_key_heads, self.head_dim  # queries of a head have the same keys
+        ranges, start = [], 0
+        for width, per_head in zip(self.widths, (shared * d, d, d), strict=True):
+            ranges.append((start + first * per_head, start + last * per_head))
+            start += width
+        rows = Cut(0, start, tuple(ranges))
+        cuts = {"qkv.weight": rows, "out.weight": Cut(1, self.widths[0], rows.ranges[:1])}
+        if self.qkv.bias is not None:
+            cuts["qkv.bias"] = rows
+        if self.sinks is not None:
+            cuts["sinks"] = Cut(0, self.num_heads, ((first * shared, last * shared),))
+        return cuts
+
+    def keep_heads(self, first: int, last: int) -> None:
+        """Keep only some heads of keys and values, and their queries."""
+        keep_cuts(self, cuts := self.cut_of_heads(first, last))
+        self.widths = [end - start for start, end in cuts["qkv.weight"].ranges]
+        self.num_heads = self.widths[0] // self.head_dim
 
     def forward(
         self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None
@@ -48,20 +83,21 @@ class Attention(nn.Module):
         Args:
             x: the residual stream.
             norm: applied to it first.
-            rotary: (2, ..., S, r) cosines and sines.
+            rotary: (2, ..., S, r) cosines and sines, of all tokens that attention sees.
             mask: the keys visible to each query; None: all that are not later.
             extend: this layer's cache, to which the new keys and values are appended.
         """
-        B, S, _ = x.shape
-        again = self.recompute == "norms_and_activations" and extend is None
-        projected = checkpointed(lambda x: self.qkv(norm(x)), x, recompute=again)
+        is_part, again = isinstance(mask, RowMask), self.recompute == "norms_and_activations" and extend is None
+        projected = checkpointed(
+            lambda x: project_in(self.qkv, norm(x), self.exchange, is_part=is_part), x, recompute=again
+        )
         # Without a norm or a limit, nothing of them is saved anyway.
         again = again and (self.q_norm is not None or self.clip is not None)
         q, k, v = checkpointed(self._rotated, projected, rotary, recompute=again)
         changes_scores = self.softcap is not None or self.sinks is not None
         rule = ScoreRule(softcap=self.softcap, sinks=self.sinks) if changes_scores else None
         y = self.core_attention(q, k, v, mask, rule) if extend is None else extend.attend(q, k, v, rule)
-        return self.out(y.transpose(1, 2).reshape(B, S, -1))
+        return project_out(self.out, y.transpose(1, 2).flatten(2), self.exchange, is_part=is_part)
 
     def _rotated(self, projected: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, S, d), and keys and values (B, Hkv, S, d), from their projection (B, S, .)."""

@@ -49,6 +49,10 @@ class RowParts(Protocol):
         """Return what is here of whole rows."""
         ...
 
+    def attended(self, positions: Tensor) -> Tensor:
+        """Return the positions of all tokens that attention sees here, given those (S,) that are here."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingContext:

@@ -45,11 +45,12 @@ class ParallelConfig(Config):
     shard_size: Ranks | None = None
     """With `data: shard`: shard inside groups of N neighbouring ranks, such as those of a node, and replicate between
     them; experts over the ranks of such a group that hold the same ones. Null: over all ranks. Divides the number of
-    ranks; divides `ep_size` or is a multiple of it."""
+    ranks; divides `ep_size`, and `tp_size`, or is a multiple of it."""
     pp_size: Ranks | Literal[1] = 1
     """Pipeline-parallel size: groups of consecutive ranks, each of which has some consecutive layers, a stage; the
     micro-batches of a step pass through all of them. For models whose weights are too many for the ranks that their
-    rows would fill. Divides the number of ranks; `ep_size`, `shard_size` and `cp_size` then divide that of a stage."""
+    rows would fill. Divides the number of ranks; `ep_size`, `shard_size`, `cp_size` and `tp_size` then divide that of a
+    stage."""
     pp_schedule: ScheduleName = "1f1b"
     """Order of the passes, by torch.distributed.pipelining. `1f1b`: one forward, one backward, so that a stage keeps
     few micro-batches. `gpipe`: all forward, then all backward. `interleaved_1f1b`: each rank has two stages, which
@@ -65,6 +66,11 @@ class ParallelConfig(Config):
     """How the ranks that share rows attend to all of them. `ulysses`: each has all tokens for some of the heads, of
     which there must be as many as ranks. `ring`: each has its tokens for all heads, and keys travel round; any number
     of heads, and no rank ever has a whole row; on GPUs it has no fused kernel yet."""
+    tp_size: Ranks | Literal[1] = 1
+    """Tensor-parallel size: neighbouring ranks that hold one copy of the matrices of attention and of dense
+    feed-forward blocks together, each some heads and hidden units, and share rows as those of `cp_size` do: for models
+    whose dense part is too large for one rank. Divides the number of ranks; twice its product with `cp_size` divides
+    model.seq_len. Experts stay whole: spread them by `ep_size`, which need not fit it."""
     shard_keeps: ShardKeeps = "gradients"
     """With `data: shard`, what stays whole between the micro-batches of a step. `nothing`: least memory; weights are
     gathered twice and gradients reduced once for every micro-batch. `gradients`: reduced once a step, and 4 bytes per
@@ -120,6 +126,11 @@ class ParallelConfig(Config):
     def overlaps(self) -> bool:
         """Whether two micro-batches pass through the layers together."""
         return self.overlap == "micro_batches" and self.ep_size > 1
+
+    @property
+    def row_size(self) -> int:
+        """Number of ranks that share rows."""
+        return self.cp_size * self.tp_size
 
     def recompute_of(self, layer: int) -> Recompute:
         """Return what is recomputed of block `layer`."""

@@ -28,6 +28,7 @@ from trainer.parallel.pipeline_stages import pipeline_stages
 from trainer.parallel.ring_attention import RingAttention
 from trainer.parallel.shards import local, shard_index
 from trainer.parallel.shared_rows import SharedRows
+from trainer.parallel.tensor_parallel import WholeRows, cut_matrices, cut_parameters
 from trainer.parallel.ulysses import UlyssesAttention
 
 
@@ -46,7 +47,7 @@ def parallelize(
 
     Without a `seed` the weights have no values.
 
-    0. Layers of other stages of a pipeline are given up.
+    0. Layers of other stages of a pipeline are given up, and heads and hidden units of other tensor-parallel ranks.
     1. Every MoE layer gets the configured dispatcher and keeps its local experts: those of `placement`, or of the
        config's.
     2. The head is applied to some tokens at a time, some activations are recomputed, and the operations between matrix
@@ -58,6 +59,8 @@ def parallelize(
     if mesh.pp.size > 1:
         model.keep(pipeline_stages(model.config, model.vocab_size, mesh.layout).layers_of(mesh.pp.index))
     layers, num_copies = model.moe_layers(), 0
+    if mesh.tp.size > 1:
+        cut_matrices(model, mesh.tp)
     if mesh.ep.size > 1:
         sizes = len(model.config.moe_layers), layers[0].experts.num_experts, mesh.ep.size
         placement = placement or named_placement(config.placement, *sizes, num_copies=config.replicas)
@@ -73,7 +76,7 @@ def parallelize(
     for layer, block in model.blocks.numbered():
         block.set_recompute(config.recompute_of(layer))
     choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)
-    if mesh.cp.size > 1:
+    if mesh.rows.size > 1:
         share_rows(model, mesh, kind=config.cp)
     if config.compile and can_compile:
         compile_glue(model)
@@ -86,8 +89,10 @@ def parallelize(
         _allocate(model, device)
     if seed is None:
         return model
-    sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}
-    initialize(model, seed, {name: WeightShard(local(p), shard_index(p)) for name, p in sharded.items()})
+    cuts = {name: found.own for name, found in cut_parameters(model).items()}
+    parts = {name: p for name, p in model.named_parameters() if name in cuts or is_sharded(p)}
+    shards = {name: WeightShard(local(p), shard_index(p), cuts.get(name)) for name, p in parts.items()}
+    initialize(model, seed, shards)
     return model
 
 
@@ -136,21 +141,25 @@ def choose_attention(model: GPT, device: torch.device, dtype: torch.dtype, *, is
 
 def share_rows(model: GPT, mesh: Mesh, *, kind: Literal["ulysses", "ring"]) -> None:
     """Let a model with a part of each row see all of it, where its kernels of attention are chosen."""
+    key = "cp_size" if mesh.tp.size == 1 else "tp_size"
     for moe in model.moe_layers():
         router = type(moe.router)
         if moe.router.causal != "strict" and not router.sees_whole_rows:
             raise ConfigError(
-                f"parallel.cp_size: {router.__module__}:{router.__qualname__} is not strictly causal and does not "
-                "declare sees_whole_rows, so it would decide by a part of each row; use cp_size: 1, or let it decide "
+                f"parallel.{key}: {router.__module__}:{router.__qualname__} is not strictly causal and does not "
+                f"declare sees_whole_rows, so it would decide by a part of each row; use {key}: 1, or let it decide "
                 "from RoutingContext.whole_rows and declare that"
             )
-    model.row_parts, form = SharedRows(mesh.cp), model.mask_form
-    if kind == "ring":
+    model.row_parts, form = SharedRows(mesh.rows, mesh.cp), model.mask_form
+    if kind == "ring" and mesh.cp.size > 1:
         model.mask_form = "rule"
     for block in cast(Iterable[Block], model.blocks):
         own = block.attention.core_attention
-        ring, heads = RingAttention(mesh.cp, own, form), UlyssesAttention(mesh.cp, own)
-        block.attention.core_attention = ring if kind == "ring" else heads
+        if mesh.cp.size == 1:
+            block.attention.core_attention = WholeRows(own)
+        else:
+            ring, heads = RingAttention(mesh.cp, own, form), UlyssesAttention(mesh.cp, own)
+            block.attention.core_attention = ring if kind == "ring" else heads
 
 
 def compile_glue(model: GPT) -> None:

@@ -2,6 +2,7 @@
 
     group                        gathered                               in bfloat16 training
     matrices of a block          before the block, freed after it       bfloat16
+    those that are cut over tp   before attention or feed-forward       bfloat16
     experts of a MoE layer       before the layer, freed after it       bfloat16
     all the rest of the model    once a step: it is used everywhere     float32
 
@@ -30,12 +31,14 @@ from trainer.distributed.mesh import Mesh
 from trainer.models.block import Block
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import parameter_role
+from trainer.parallel.tensor_parallel import cut_parameters
 
 
 def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
     """Shard the weights of a model, in place; on the meta device they get no memory.
 
-    Dense weights are sharded over `mesh.shard`, experts over `mesh.edp_shard`, or not at all if that is one rank.
+    Dense weights are sharded over `mesh.shard`, experts over `mesh.edp_shard`, what tensor-parallel ranks cut over
+    `mesh.tdp_shard`, or not at all if that is one rank.
 
     Args:
         model: with the local experts.
@@ -47,11 +50,18 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
         return model
     dense_mesh, low = mesh.shard.device_mesh(mesh.shard_copies), dtype if dtype is torch.bfloat16 else None
     in_blocks = {p for name, p in model.named_parameters() if parameter_role(name) in ("matrix", "expert")}
+    parameters, of_cuts = dict(model.named_parameters()), cut_parameters(model)
+    cut = {parameters[name] for name in of_cuts}
     # From the outside in, so that norms and routers inside the blocks are left to the model's group.
     _shard_parameters(model, set(model.parameters()) - in_blocks, dense_mesh)
     for block in cast(Iterable[Block], model.blocks):
-        matrices = {p for name, p in block.named_parameters() if parameter_role(name) == "matrix"}
+        matrices = {p for name, p in block.named_parameters() if parameter_role(name) == "matrix"} - cut
         _shard_parameters(block, matrices, dense_mesh, gathered_in=low)
+    if mesh.tdp_shard.size > 1:
+        cut_mesh = mesh.tdp_shard.device_mesh(mesh.tdp_shard_copies)
+        for name in dict.fromkeys(found.module for found in of_cuts.values()):
+            module = model.get_submodule(name)
+            _shard_parameters(module, cut & set(module.parameters()), cut_mesh, gathered_in=low)
     if mesh.edp_shard.size > 1:
         expert_mesh = mesh.edp_shard.device_mesh(mesh.edp_shard_copies)
         for moe in model.moe_layers():

@@ -38,7 +38,7 @@ def shard_start(tensor: Tensor) -> int:
     return local(tensor).shape[dim] * tensor.device_mesh.get_local_rank(-1)
 
 
-def shard_index(tensor: "DTensor") -> tuple[slice, ...]:
+def shard_index(tensor: Tensor) -> tuple[slice, ...]:
     """Return where this rank's shard is in the tensor: a range of every dimension, with beginning and end."""
     dim, mine, start = shard_dimension(tensor), local(tensor), shard_start(tensor)
     return tuple(

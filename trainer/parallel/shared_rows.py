@@ -11,8 +11,12 @@ from trainer.ops.zigzag import in_row_order, part_of
 class SharedRows:
     """Exchange of what is known of each token, between the ranks that share rows."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group, attending: Group | None = None) -> None:
+        """Create it for the ranks that share rows; `attending` are those of them that hold the same heads.
+
+        None: all of them do. Then attention sees what is here, and the others' by itself.
+        """
+        self._group, self._attending = group, group if attending is None else attending
 
     @torch.no_grad()
     def whole(self, x: Tensor) -> Tensor:
@@ -25,6 +29,11 @@ class SharedRows:
         """Return a batch of whole rows from this rank's part of them. Collective."""
         parts = {name: part for name, part in batch.tensors().items() if name != "row_document_id"}
         return Batch(**{name: self.whole(part.to(self._group.device)) for name, part in parts.items()})
+
+    def attended(self, positions: Tensor) -> Tensor:
+        """Return the positions of the tokens whose heads are here, given those (S,) that are here."""
+        columns = torch.arange(len(positions) * self._group.size, device=positions.device)
+        return part_of(columns, self._attending.index, self._attending.size, dim=0)
 
     def own(self, whole: Tensor) -> Tensor:
         """Return this rank's (B, S, ...) of whole rows."""

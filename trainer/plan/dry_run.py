@@ -44,7 +44,7 @@ def dry_run_lines(config: ExperimentConfig, layout: Layout, step: ProbedStep) ->
     """Yield lines about one fake step of a rank."""
     num_batches, rows = shape_of_batches(config, layout.world_size)
     yield f"dry run of {config.name}: rank {layout.rank} of {layout.world_size}, engine {config.engine.kind}"
-    yield f"  micro-batches     {num_batches} of {rows} x {config.model.seq_len // config.parallel.cp_size} tokens"
+    yield f"  micro-batches     {num_batches} of {rows} x {config.model.seq_len // config.parallel.row_size} tokens"
     yield f"  weights           {formatting.size(step.weights)}"
     yield f"  as a step begins  {formatting.size(step.resident)}, moments and the rows of a step included"
     window = max(step.peaks, key=lambda window: step.peaks[window])

@@ -200,7 +200,7 @@ def least_row_bytes(config: ExperimentConfig, layout: PlannedLayout) -> int:
             of_layer += 2 * (model.num_heads + (model.num_kv_heads or model.num_heads)) * model.head_dim * low
         if moe is not None and layout.recompute != "experts":
             of_experts += moe.experts_per_token * moe.d_ff * (1 if model.activation == "gelu" else 2) * low
-    tokens = model.seq_len // config.parallel.cp_size
+    tokens = model.seq_len // config.parallel.row_size
     return int(tokens * (model.num_layers * of_layer + len(model.moe_layers) * of_experts))
 
 

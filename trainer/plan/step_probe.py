@@ -122,7 +122,7 @@ def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, optio
 
 def shape_of_batches(config: ExperimentConfig, world_size: int) -> tuple[int, int]:
     """Return the number of micro-batches of a rank and the rows of each, as the stream splits a step."""
-    rows = -(-config.train.global_batch_size // (world_size // config.parallel.cp_size))
+    rows = -(-config.train.global_batch_size // (world_size // config.parallel.row_size))
     num_batches = -(-rows // config.parallel.micro_batch_size)
     return num_batches, -(-rows // num_batches)
 

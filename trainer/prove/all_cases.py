@@ -33,7 +33,7 @@ def all_cases(
     if "deepspeed" in engines:
         # Dispatchers and engines are independent: one dispatcher is enough.
         usual = Case(micro_batch_size=1)
-        kept = ("dispatcher", "chunks", "row_budget", "data", "cp", "pp_size", "overlap")
+        kept = ("dispatcher", "chunks", "row_budget", "data", "cp", "tp_size", "pp_size", "overlap")
         plain = [case for case in cases if all(getattr(case, key) == getattr(usual, key) for key in kept)]
         plain.insert(0, reference(config))
         found = found + [replace(case, zero_stage=stage) for stage in stages for case in plain]
@@ -84,6 +84,7 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
                 cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
             cases += _overlapped(degrees, share)
     cases += _shared_rows(config)
+    cases += _tensor_parallel(config)
     cases += _pipelines(config)
     if config.train.routing_replay is not None or config.metrics.routing_record is not None:
         whole = [case for case in cases if case.pp_size == 1]  # a stage does not know the experts of others
@@ -120,6 +121,20 @@ def _shared_rows(config: ExperimentConfig) -> list[Case]:
     ]
 
 
+def _tensor_parallel(config: ExperimentConfig) -> list[Case]:
+    """Return layouts in which ranks share heads: beside experts, sharding, stages and rows that others share too."""
+    rows, moe = config.train.global_batch_size, config.model.moe
+    possible = [
+        Case(world_size=2, tp_size=2, micro_batch_size=rows),
+        Case(world_size=2, tp_size=2, ep_size=1 if moe is None else 2, micro_batch_size=1, recompute="block"),
+        Case(world_size=4, tp_size=2, ep_size=1 if moe is None else 2, data="shard", micro_batch_size=-(-rows // 2)),
+        Case(world_size=4, tp_size=2, cp_size=2, micro_batch_size=rows, recompute="norms_and_activations"),
+        Case(world_size=4, tp_size=2, pp_size=2, pp_schedule="gpipe", micro_batch_size=1),
+        Case(world_size=4, tp_size=4, ep_size=1 if moe is None else 4, micro_batch_size=rows),
+    ]
+    return [case for case in possible if _is_possible(config, case)]
+
+
 def _pipelines(config: ExperimentConfig) -> list[Case]:
     """Return layouts with stages: each schedule, beside experts over ranks, sharding and shared rows."""
     rows, moe = config.train.global_batch_size, config.model.moe
@@ -138,7 +153,7 @@ def _pipelines(config: ExperimentConfig) -> list[Case]:
 
 def _is_possible(config: ExperimentConfig, case: Case) -> bool:
     """Return whether a config accepts a layout, and has enough micro-batches for its schedule."""
-    data_size = case.world_size // case.pp_size // case.cp_size
+    data_size = case.world_size // case.pp_size // case.cp_size // case.tp_size
     rows = -(-config.train.global_batch_size // data_size)
     try:
         degrees = apply_case(config, case).parallel.degrees

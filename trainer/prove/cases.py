@@ -28,6 +28,7 @@ class Case:
     pp_schedule: ScheduleName = "1f1b"
     cp_size: int = 1
     cp: Literal["ulysses", "ring"] = "ulysses"
+    tp_size: int = 1
     placement: Literal["contiguous", "round_robin"] = "contiguous"
     moves_to: Literal["contiguous", "round_robin"] | None = None
     """Placement with which the run goes on after the first step, from a checkpoint; None: it goes on as it is."""
@@ -59,6 +60,7 @@ class Case:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks, ep {self.ep_size}"
         ranks += f", pp {self.pp_size} {self.pp_schedule}" if self.pp_size > 1 else ""
         ranks += f", cp {self.cp_size} {self.cp}" if self.cp_size > 1 else ""
+        ranks += f", tp {self.tp_size}" if self.tp_size > 1 else ""
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         how += f" of {self.row_budget:g} shares" if self.row_budget is not None else ""
@@ -103,6 +105,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "pp_layers": None,
         "cp_size": case.cp_size,
         "cp": case.cp,
+        "tp_size": case.tp_size,
         "placement": case.placement,
         "replicas": case.replicas,
         "micro_batch_size": case.micro_batch_size,
@@ -123,7 +126,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         options = config.engine if isinstance(config.engine, DeepSpeedEngineConfig) else DeepSpeedEngineConfig()
         engine = options.model_dump() | {"zero_stage": case.zero_stage}
     others = config.model_dump()
-    if case.pp_size > 1 or case.cp_size > 1:  # what only looks, and needs whole rows or all layers
+    if max(case.pp_size, case.cp_size, case.tp_size) > 1:  # what only looks, and needs whole rows or all layers
         others["metrics"] |= {"routing_record": None, "routing_gap_every": None}
         others["eval"] |= {"tasks": []}
     return ExperimentConfig.model_validate({**others, "parallel": parallel, "engine": engine})

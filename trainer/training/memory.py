@@ -57,17 +57,19 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
         copies * whole - (copies - 1) * still
         for whole, still in zip((weights.dense, weights.expert), frozen, strict=True)
     )
-    experts *= local_experts
+    cut = dense * model.cut_weights // weights.dense if layout.tp_size > 1 else 0  # as if equally much of it is frozen
+    dense, cut, experts = dense - cut, cut // layout.tp_size, experts * local_experts
     if is_sharded:
         dense, experts = dense // layout.num_shards, experts // layout.num_expert_shards
-    state = size * (dense + experts)
+        cut //= layout.num_cut_shards
+    state = size * (dense + cut + experts)
     num_rows = min(config.parallel.micro_batch_size * (1 + config.parallel.overlaps), rows_per_rank)
     chunk = config.parallel.loss_chunk
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
-    activations = size // 2 * values // layout.cp_size  # may be bfloat16
+    activations = size // 2 * values // layout.row_size  # may be bfloat16
     replicas = size // 2 * weights.expert * (config.parallel.replicas if layout.ep_size > 1 else 0)
     state, activations, replicas = (part // layout.pp_size for part in (state, activations, replicas))
-    batch = _BATCH_BYTES * rows_per_rank * model.seq_len // layout.cp_size if device.type == "cpu" else 0
+    batch = _BATCH_BYTES * rows_per_rank * model.seq_len // layout.row_size if device.type == "cpu" else 0
     local_ranks = layout.ranks_per_node if device.type == "cpu" else 1
     needed, available = local_ranks * (state + activations + replicas + batch), total_memory(device)
     if needed <= available:

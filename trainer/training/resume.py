@@ -48,7 +48,7 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
         run.watch.alarms.restore({} if is_other_text else checkpoint.run.get("alarms", {}))
     if (jump := _rate_jump(stored, run)) is not None:
         run.console.warning(jump)
-    default = {"placement": "contiguous", "cp_size": 1, "pp_size": 1}
+    default = {"placement": "contiguous", "cp_size": 1, "tp_size": 1, "pp_size": 1}
     before, layout = default | recorded_layout(checkpoint.manifest), default | run.layout_record()
     changes = [f"{k} {before[k]} -> {v}" for k, v in layout.items() if k in before and before[k] != v]
     run.console.message(f"resuming from {checkpoint.path}" + (f" ({', '.join(changes)})" if changes else ""))

@@ -37,7 +37,7 @@ class RoutingRecorder:
 
     def __init__(self, folder: Path, run: RunFolder, facts: RecordFacts, mesh: Mesh, *, every: int) -> None:
         self._folder, self._run, self._facts, self._mesh, self._every = folder, run, facts, mesh, every
-        self._shared = SharedRows(mesh.cp)
+        self._shared = SharedRows(mesh.rows)
         rank = mesh.layout.rank
         self._writer = RecordWriter(folder, facts.model, vocab_size=facts.vocab_size, rank=rank)
 
@@ -71,12 +71,12 @@ class RoutingRecorder:
     def add(self, done: int, batches: Sequence[Batch], experts: Sequence[Tensor]) -> None:
         """Record a step's micro-batches and their experts (B, S, L, k). Collective; waits for the device."""
         self._writer.step = done
-        if self._mesh.cp.size > 1:  # the first of the ranks that share rows records them
+        if self._mesh.rows.size > 1:  # the first of the ranks that share rows records them
             experts = [self._shared.whole(chosen) for chosen in experts]
             batches = [self._shared.whole_batch(batch) for batch in batches]
         with raise_together(self._mesh.world):
             for batch, chosen in zip(batches, experts, strict=True):
-                if self._mesh.cp.index == 0:
+                if self._mesh.rows.index == 0:
                     record_rows(self._writer, batch, chosen)
 
     def flush(self) -> None:

@@ -141,6 +141,7 @@ class RunState:
             "data": self.config.parallel.data,
             "engine": self.config.engine.kind,
             **({} if layout.cp_size == 1 else {"cp_size": layout.cp_size}),
+            **({} if layout.tp_size == 1 else {"tp_size": layout.tp_size}),
             **({} if layout.pp_size == 1 else {"pp_size": layout.pp_size}),
             **({} if placement == "contiguous" else {"placement": placement}),
         }

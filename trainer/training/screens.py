@@ -47,7 +47,8 @@ def header(run: RunState) -> list[Line]:
         copied = f"decay {ema.decay:g}: a copy of {size.learning_parameters / 1e6:.3g}M weights"
         lines.append(("average", f"of the weights (train.ema), {copied}"))
     if layout.world_size > 1:
-        rows = f", rows over {layout.cp_size}" if layout.cp_size > 1 else ""
+        rows = f", rows over {layout.row_size}" if layout.row_size > 1 else ""
+        rows += f", heads over {layout.tp_size}" if layout.tp_size > 1 else ""
         stages = f", layers over {layout.pp_size}" if layout.pp_size > 1 else ""
         lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}{rows}{stages}"))
     if isinstance(config.engine, DeepSpeedEngineConfig):

@@ -135,8 +135,34 @@ def test_a_shard_size_that_does_not_fit_is_refused(
 def test_ranks_that_share_rows_are_neighbours_whatever_experts_they_have() -> None:
     layouts = [Layout(world_size=8, rank=rank, ep_size=4, cp_size=2) for rank in range(8)]
     assert layouts[0].cp_ranks() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [(layout.data_rank, layout.cp_rank) for layout in layouts[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [(layout.data_rank, layout.row_rank) for layout in layouts[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert {layout.data_size for layout in layouts} == {4} and layouts[5].ep_ranks() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     check_layout(Degrees(ep_size=2, cp_size=4), world_size=8)
     with pytest.raises(ConfigError, match="cp_size: 3 does not divide the 8 ranks that were started"):
         check_layout(Degrees(cp_size=3), world_size=8)
+
+
+def test_ranks_that_share_heads_are_neighbours_among_those_that_share_rows() -> None:
+    layouts = [Layout(world_size=8, rank=rank, tp_size=2, cp_size=2, ep_size=4) for rank in range(8)]
+    layout = layouts[0]
+    assert layout.tp_ranks() == [[0, 1], [2, 3], [4, 5], [6, 7]] and layout.row_ranks() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert layout.cp_ranks() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.tdp_ranks() == [[0, 2, 4, 6], [1, 3, 5, 7]] == layout.tdp_shard_ranks()
+    assert [(one.data_rank, one.row_rank) for one in layouts] == [(i // 4, i % 4) for i in range(8)]
+    halves = Layout(world_size=8, tp_size=2, shard_size=4)
+    assert halves.tdp_shard_ranks() == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    assert halves.tdp_shard_copy_ranks() == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    alone = Layout(world_size=4, tp_size=4, shard_size=2)
+    assert alone.tdp_shard_ranks() == [[0], [1], [2], [3]] == alone.tdp_shard_copy_ranks()
+    stages = Layout(world_size=8, pp_size=2, tp_size=2)
+    assert stages.tdp_ranks() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+def test_tensor_parallel_ranks_fit_those_that_share_rows_and_weights() -> None:
+    check_layout(Degrees(tp_size=2, cp_size=2, shard_size=2), world_size=4)
+    with pytest.raises(ConfigError, match="tp_size: 3 does not divide the 4 ranks that were started"):
+        check_layout(Degrees(tp_size=3), world_size=4)
+    with pytest.raises(ConfigError, match="tp_size: 2 times cp_size 4 ranks share rows, which does not divide the 4 r"):
+        check_layout(Degrees(tp_size=2, cp_size=4), world_size=4)
+    with pytest.raises(ConfigError, match="be a multiple of ep_size 1, and of tp_size 4; use 2, 4, 12, or null"):
+        check_layout(Degrees(tp_size=4, shard_size=3), world_size=12)

@@ -1,7 +1,9 @@
 """What a rank of a large world holds, and needs to start."""
 
 import json
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tests.builders import make_model, tiny_model_config
 from tests.fake_world import fake_mesh
 from tests.launched_ranks import ROOT
 from trainer.config.loader import load
+from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import Layout
 from trainer.errors import ConfigError
@@ -99,7 +102,7 @@ def test_documents_are_kept_apart_by_a_kernel_that_stores_no_scores(
 
 def test_a_router_that_looks_ahead_and_does_not_see_whole_rows_is_refused() -> None:
     model = make_model(tiny_model_config())
-    share_rows(model, Mesh.of_one(), kind="ring")
+    share_rows(model, replace(Mesh.of_one(), cp=cast(Group, SimpleNamespace(size=2))), kind="ring")
     assert model.row_parts is not None and model.mask_form == "rule"
     router = model.moe_layers()[0].router
     router.__class__ = type("LooksAhead", (type(router),), {"causal": "within_sequence"})

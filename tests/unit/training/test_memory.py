@@ -22,6 +22,8 @@ CPU = torch.device("cpu")
 MODEL = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 16, "seq_len": 32, "tie_embeddings": True}
 DENSE = 2 * (3 * 64 + 64 + 2 * 8) + 8 + 256 * 8
 """Weights of attention, norms and embedding."""
+CUT = 2 * (3 * 64 + 64)
+"""Those of them that tensor-parallel ranks cut."""
 EXPERT = 2 * 3 * 8 * 4
 ROWS = 32 * (2 * 8 + 256)
 """Activations per row."""
@@ -74,6 +76,16 @@ CASES = {
         _config(parallel={"micro_batch_size": 4, "ep_size": 2, "pp_size": 2}),
         Layout(world_size=4, ep_size=2, pp_size=2),
         16 * (DENSE + 3 * EXPERT) // 2 + 2 * 4 * ROWS // 2 + 50 * 4 * 32,
+    ),
+    "heads over two ranks": (
+        _config(parallel={"micro_batch_size": 4, "tp_size": 2}),
+        Layout(world_size=2, tp_size=2),
+        16 * (DENSE - CUT + CUT // 2 + 6 * EXPERT) + 2 * 4 * ROWS // 2 + 50 * 8 * 32 // 2,
+    ),
+    "sharded heads over two of eight ranks": (
+        _config(parallel={"micro_batch_size": 4, "tp_size": 2, "ep_size": 2, "data": "shard"}),
+        Layout(world_size=8, tp_size=2, ep_size=2),
+        16 * ((DENSE - CUT) // 8 + CUT // 2 // 4 + 3 * EXPERT // 4) + 2 * 2 * ROWS // 2 + 50 * 2 * 32 // 2,
     ),
     "a larger vocabulary": (
         _config(data={"tokenizer": {"kind": "bpe", "vocab_size": 512}}),

@@ -39,7 +39,7 @@ class ListedCheckpoint:
         ranks = self.layout.get("world_size")
         words = [] if ranks is None else [f"{ranks} rank{'' if ranks == 1 else 's'}"]
         words += [f"ep {self.layout['ep_size']}"] if "ep_size" in self.layout else []
-        words += [f"cp {self.layout['cp_size']}"] if "cp_size" in self.layout else []
+        words += [f"{key} {self.layout[f'{key}_size']}" for key in ("cp", "tp") if f"{key}_size" in self.layout]
         words += [str(self.layout["data"])] if "data" in self.layout else []
         return ", ".join(words) or "-"
 

@@ -10,7 +10,7 @@ def own_part(batch: Batch, layout: Layout) -> Batch:
 
     Every field keeps what it says of a token: `position` is the column in the whole row.
     """
-    if layout.cp_size == 1:
+    if layout.row_size == 1:
         return batch
-    parts = {name: part_of(tensor, layout.cp_rank, layout.cp_size) for name, tensor in batch.tensors().items()}
+    parts = {name: part_of(tensor, layout.row_rank, layout.row_size) for name, tensor in batch.tensors().items()}
     return Batch(**parts, row_document_id=batch.document_id)

@@ -91,7 +91,7 @@ def _unfit_ranks(subject: ConfigOnHost) -> Iterator[Sign]:
 
 
 def _idle_ranks(subject: ConfigOnHost) -> Iterator[Sign]:
-    rows, sharing = subject.config.train.global_batch_size, subject.config.parallel.cp_size
+    rows, sharing = subject.config.train.global_batch_size, subject.config.parallel.row_size
     ranks = max(1, subject.host.world_size // sharing)  # those that share rows count as one
     most = -(-rows // ranks)
     idle = 1 - rows / (ranks * most)

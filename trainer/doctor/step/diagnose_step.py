@@ -86,8 +86,9 @@ def of_all_ranks(found: Sequence[DoctorFinding], mesh: Mesh) -> list[DoctorFindi
 def _unseen(config: ExperimentConfig) -> str:
     """Return a note about what several ranks have not looked at."""
     alone = "; run the command without a launcher, too"
-    if config.parallel.cp_size > 1:
-        return f"layers were not asked about rows, of which each rank has parts (parallel.cp_size){alone}"
+    if config.parallel.row_size > 1:
+        key = "tp_size" if config.parallel.cp_size == 1 else "cp_size"
+        return f"layers were not asked about rows, of which each rank has parts (parallel.{key}){alone}"
     if config.parallel.data == "shard":
         return f"gradients of single layers, and what a step changes, were not looked at in shards of weights{alone}"
     return f"what a step changes in each weight was not looked at{alone}"

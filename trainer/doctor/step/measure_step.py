@@ -74,7 +74,7 @@ def measure_step(
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     assert isinstance(engine, StepEngine)
     with closing(engine):
-        if config.parallel.cp_size == 1:  # or a rank has parts of rows
+        if config.parallel.row_size == 1:  # or a rank has parts of rows
             is_whole = config.parallel.data == "replicate"
             batch = row_slice(batches[0], 0, _MOST_PROBED).to(device)
             probe = LayerProbe(

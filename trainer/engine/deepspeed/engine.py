@@ -197,7 +197,7 @@ class DeepSpeedEngine(StepEngine):
 
     def _rows_of(self, name: str, first: int, rows: Tensor) -> Slice:
         """Return rows of a local parameter as a slice of the global tensor."""
-        whole = self._slice(f"model.{name}", self.parameters[name])
+        whole = self.slices.of(f"model.{name}", self.parameters[name])
         return whole.part(first, rows)
 
     def _gradient_pieces(self, group: int) -> list[Tensor]:

@@ -31,24 +31,25 @@ def generate_batched(
     world = context.world
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # by length: little padding
     budget, plans = KV_CACHE_BATCH_FACTOR * context.tokens_per_pass, list[list[list[int]]]()
-    for rank in range(world.size):
-        share = order[rank :: world.size]
+    for index in range(context.num_shares):
+        share = order[index :: context.num_shares]
         plans.append(list(split_batches(share, [len(prompts[i]) + max_new_tokens for i in share], budget=budget)))
     generated: list[tuple[int, list[int]]] = []
     for turn in range(max(map(len, plans))):
-        numbers = plans[world.index][turn] if turn < len(plans[world.index]) else []
+        numbers = plans[context.share][turn] if turn < len(plans[context.share]) else []
         with context.engine.autocast():
             texts = generate_many(
                 context.engine.model,
                 [prompts[i] for i in numbers],
                 max_new_tokens=max_new_tokens,
-                choose=_chooser(sampling, numbers),
+                choose=_chooser(context, sampling, numbers),
                 stop_token=stop_token,
                 is_over=is_over,
                 anybody=lambda is_active: bool(world.all_reduce_(torch.tensor([int(is_active)], device=world.device))),
             )
         generated += zip(numbers, texts, strict=True)
-    return [text for _, text in sorted(item for part in barrier_gather(world, generated) for item in part)]
+    mine = generated if context.tp.index == 0 else []
+    return [text for _, text in sorted(item for part in barrier_gather(world, mine) for item in part)]
 
 
 def max_prompt_tokens(max_new_tokens: int, *, seq_len: int) -> int:
@@ -56,7 +57,17 @@ def max_prompt_tokens(max_new_tokens: int, *, seq_len: int) -> int:
     return seq_len + 1 - max_new_tokens
 
 
-def _chooser(sampling: SamplingOptions, numbers: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Tensor]:
+def _chooser(
+    context: EvalContext, sampling: SamplingOptions, numbers: Sequence[int]
+) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    choose = _sampler(sampling, numbers)
+    if context.tp.size == 1:
+        return choose
+    # One token for all ranks that write a text together: their logits may be rounded otherwise.
+    return lambda logits, texts: context.tp.broadcast_(choose(logits, texts).to(context.tp.device))
+
+
+def _sampler(sampling: SamplingOptions, numbers: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Tensor]:
     if sampling.temperature == 0:
         return greedy_tokens
     # One generator per text: its draws do not depend on the batch or the rank.

@@ -1,0 +1,61 @@
+"""The seam of tensor parallelism: what a block does where its matrices are cut over ranks (arXiv 2205.05198).
+
+    part of each row -> norm -> gathered -> columns of heads, or of hidden units -> rows of out -> reduced -> part of
+                                each row
+
+Between blocks, and in norms, routers and experts, a rank has its part of each row; between `gathered` and `reduced` it
+has all tokens of the ranks, for its own heads or hidden units.
+
+# B rows, S tokens in a part of a row, n ranks, D width.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.recompute import checkpointed
+from trainer.ops.cut import Cut
+
+
+class TokenExchange(Protocol):
+    """Exchange of tokens between the ranks that hold a block's matrices together.
+
+    If rows are whole, `is_part` is false: all ranks have the same ones, which are not gathered.
+    """
+
+    def gathered(self, x: Tensor, *, is_part: bool) -> Tensor:
+        """Return the tokens (B, n S, D) of all ranks in the order of the row, from those here (B, S, D)."""
+        ...
+
+    def reduced(self, y: Tensor, *, is_part: bool) -> Tensor:
+        """Return the sums over ranks (B, S, D) of the tokens here, from this rank's share (B, n S, D) for all."""
+        ...
+
+
+def project_in(linear: nn.Linear, x: Tensor, exchange: TokenExchange | None, *, is_part: bool) -> Tensor:
+    """Apply a projection, or the rows of it that are here, to the tokens of all ranks.
+
+    These are gathered again in the backward pass, so that only the part that is here is kept for it.
+    """
+    if exchange is None:
+        return linear(x)
+    return checkpointed(lambda x: linear(exchange.gathered(x, is_part=is_part)), x, recompute=is_part)
+
+
+def project_out(linear: nn.Linear, y: Tensor, exchange: TokenExchange | None, *, is_part: bool) -> Tensor:
+    """Apply a projection, or the columns of it that are here, and sum over ranks; a bias is added once, to the sum."""
+    if exchange is None:
+        return linear(y)
+    out = exchange.reduced(F.linear(y, linear.weight), is_part=is_part)
+    return out if linear.bias is None else out + linear.bias
+
+
+def keep_cuts(module: nn.Module, cuts: Mapping[str, Cut]) -> None:
+    """Keep only cuts of some parameters of a module, by their names in it."""
+    for name, cut in cuts.items():
+        owner, _, own = name.rpartition(".")
+        weight = module.get_parameter(name)
+        kept = nn.Parameter(cut.of(weight.detach()), weight.requires_grad)
+        setattr(module.get_submodule(owner), own, kept)

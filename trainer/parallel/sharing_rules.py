@@ -1,0 +1,53 @@
+"""Rules between ranks that share rows and heads and the rest of an experiment. Imports no torch."""
+
+from collections.abc import Iterator
+
+from trainer.config.base import Problem
+from trainer.models.config import ModelConfig
+from trainer.parallel.config import ParallelConfig
+
+
+def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: str) -> Iterator[Problem]:
+    """Check that the ranks that share rows can split them and their heads, and that all else can work on parts."""
+    cp, tp, S = parallel.cp_size, parallel.tp_size, model.seq_len
+    if cp * tp == 1:
+        return
+    key, sizes = ("cp_size", f"cp_size {cp}") if tp == 1 else ("tp_size", f"tp_size {tp}")
+    if S % (2 * cp * tp):
+        longer, product = (
+            -(-S // (2 * cp * tp)) * 2 * cp * tp,
+            "" if 1 in (cp, tp) else f" (tp_size times cp_size {cp})",
+        )
+        given = (
+            f"{cp * tp} ranks{product} share rows in chunks, two of each rank, and model.seq_len {S} is no multiple of"
+        )
+        yield Problem(f"parallel.{key}", f"{given} {2 * cp * tp}; use another size, or model.seq_len: {longer}")
+    heads = model.num_heads // tp
+    if cp > 1 and parallel.cp == "ulysses" and heads < cp:
+        given = f"ulysses gives each of {cp} ranks a head, and model.num_heads is {model.num_heads}"
+        of_tp = "" if tp == 1 else f", of which a tensor-parallel rank has {heads} (tp_size {tp})"
+        yield Problem("parallel.cp_size", f"{given}{of_tp}; use at most {heads}")
+    if parallel.compile:
+        yield Problem("parallel.compile", f"true does not go with {sizes} yet; use false, or {key}: 1")
+    if tp > 1:
+        yield from _cut_problems(model, tp, engine=engine)
+
+
+def _cut_problems(model: ModelConfig, tp: int, *, engine: str) -> Iterator[Problem]:
+    is_latent = model.attention.latent is not None
+    heads = model.num_heads if is_latent else model.num_kv_heads or model.num_heads
+    if heads < tp:
+        name = "model.num_heads" if is_latent or model.num_kv_heads is None else "model.num_kv_heads"
+        given = f"each of {tp} ranks needs a head of keys and values, and {name} is {heads}"
+        yield Problem("parallel.tp_size", f"{given}; use at most {heads}")
+    has_dense = model.moe is None or len(model.moe_layers) < model.num_layers
+    if has_dense and model.d_ff < tp:
+        yield Problem("parallel.tp_size", f"{tp} ranks cut model.d_ff {model.d_ff}; use at most {model.d_ff}")
+    refused = {
+        "model.attention.qk_norm_over": model.qk_norm and model.attention.qk_norm_over == "all_heads",
+        "model.lora": model.lora is not None,
+        "engine.kind": engine != "native",
+    }
+    remedies = {"model.attention.qk_norm_over": "use head", "model.lora": "leave it out", "engine.kind": "use native"}
+    for key in (key for key, is_on in refused.items() if is_on):
+        yield Problem(key, f"it does not go with parallel.tp_size {tp} yet; {remedies[key]}, or tp_size: 1")
