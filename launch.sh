@@ -15,6 +15,7 @@ environment:
   TURNOUT_PYTHON    the Python to use; an active environment with torch is used and its torch kept (scripts/setup.sh)
   NPROC             ranks on this machine (default 1), such as NPROC=2 ./launch.sh CONFIG parallel.ep_size=2
   NNODES            machines (default 1); then also NODE_RANK, MASTER_ADDR and, if 29500 is taken, MASTER_PORT
+  SPARES            machines beyond these (default 0), NODE_RANK from NNODES on, that take the places of lost ones
   OMP_NUM_THREADS   threads of each rank (default: the cores divided by the ranks)
 
 exit codes, for any number of ranks: 0 ok, 1 set-up failed or a bug, 2 config, 3 data, 4 checkpoint, 5 communication,

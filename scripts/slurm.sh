@@ -3,6 +3,7 @@
 #
 #   sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh CONFIG [a.b=c ...]      from the repository, on a shared disk
 #   NPROC=16 sbatch --nodes 2 scripts/slurm.sh CONFIG ...                       16 ranks per node, whatever its GPUs
+#   SPARES=1 sbatch --nodes 3 --no-kill --gpus-per-node 8 scripts/slurm.sh CONFIG ...   two nodes, and a spare one
 #
 # Two minutes before its time limit, or when preempted, the run finishes its step, saves and exits with 75. Submit the
 # same line again to resume. After a failure each node restarts its own ranks, and they rendezvous again.
@@ -34,12 +35,20 @@ if [ ! -x launch.sh ]; then
 fi
 
 export NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}"
-export NNODES="$SLURM_JOB_NUM_NODES"
+export SPARES="${SPARES:-0}"
+case "$SPARES" in *[!0-9]*) echo "slurm.sh: SPARES=$SPARES: is not a number" >&2 && exit 2 ;; esac
+if [ "$SPARES" -ge "$SLURM_JOB_NUM_NODES" ]; then
+    echo "slurm.sh: SPARES=$SPARES: leaves none of $SLURM_JOB_NUM_NODES nodes for the ranks" >&2 && exit 2
+fi
+export NNODES="$((SLURM_JOB_NUM_NODES - SPARES))"
 # Not `head -1`: it exits while scontrol still writes, and SIGPIPE would end this script.
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 scripts/setup.sh launch >/dev/null # once, instead of on all nodes at the same time
-# The first node to end must not kill the others, which may still be saving; after a minute Slurm ends them.
+# The first node to end must not kill the others, which may still be saving; after a minute Slurm ends them, unless
+# there are spares, which go on where a node was lost.
+options=(--kill-on-bad-exit=0 --wait=60)
+if [ "$SPARES" -gt 0 ]; then options=(--kill-on-bad-exit=0 --wait=0 --no-kill); fi
 # shellcheck disable=SC2016 # expanded by each task
-exec srun --kill-on-bad-exit=0 --wait=60 bash -c 'NODE_RANK="$SLURM_NODEID" exec ./launch.sh "$@"' launch.sh "$@"
+exec srun "${options[@]}" bash -c 'NODE_RANK="$SLURM_NODEID" exec ./launch.sh "$@"' launch.sh "$@"

@@ -1,5 +1,6 @@
 """Print untrusted text on a terminal without its control characters. Imports no torch."""
 
+import contextlib
 import io
 import logging
 import sys
@@ -30,6 +31,12 @@ def single_line(text: str) -> str:
 def print_safe(text: object, *, file: TextIO | None = None) -> None:
     """Print text that may contain untrusted parts."""
     print(visible(str(text)), file=file or sys.stdout, flush=True)
+
+
+def print_error(text: object) -> None:
+    """Print a message on stderr, if the terminal is still there."""
+    with contextlib.suppress(OSError):
+        print_safe(text, file=sys.stderr)
 
 
 def show_anything() -> None:

@@ -170,5 +170,7 @@ KILLED = {
     the_end_does_not_wait_for_the_saver: (_LATE, "a thread still saves"),
 }
 """What is broken, the kill that shows it, and what must be said of it."""
+OF_SPREAD_EXPERTS = {every_rank_takes_the_first_experts}
+"""What shows only where the experts of a layer are on several ranks."""
 STOPPED = {only_the_rank_that_was_asked_stops: "ended with"}
 """What is broken, and what must be said when a rank was asked to stop."""

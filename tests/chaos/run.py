@@ -50,9 +50,10 @@ LAYOUTS = [(1, 1), (2, 2), (4, 4), (4, 2)]
 BESIDE = {
     "none": (),
     "cp": ("parallel.cp_size=2", "parallel.cp=ring"),
-    "pp": ("parallel.pp_size=2", "parallel.ep_size=1"),
+    "pp": ("parallel.pp_size=2",),
 }
 """Further degrees of every run, of at least two ranks."""
+NUM_STAGES = {"pp": 2}
 
 
 @dataclass(slots=True)
@@ -120,7 +121,7 @@ def _open_worker(folder: Path, engine: str, beside: str) -> None:
     if engine != "native":
         load_deepspeed(torch.device("cpu"))  # once: every rank is a fork
         overrides += ("engine.kind=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}")
-    _lane = TrialWorker(folder, overrides)
+    _lane = TrialWorker(folder, overrides, NUM_STAGES.get(beside, 1))
 
 
 def _undisturbed() -> Known:

@@ -9,6 +9,7 @@ from tests.chaos.data import epochs
 from tests.chaos.disk import full_for_good, full_once
 from tests.chaos.kills import WITH_BEST, Kill, kill_at, kill_at_random
 from tests.chaos.rank_forker import Prepare, RankForker
+from tests.chaos.removed_protections import OF_SPREAD_EXPERTS
 from tests.chaos.stops import stop_at_random
 from tests.chaos.workload import Outcome, Workload, outcome
 
@@ -19,9 +20,10 @@ Known = dict[tuple[int, int, tuple[str, ...]], tuple[Workload, Outcome]]
 class TrialWorker:
     """State of a process that runs trials: a rank forker, and undisturbed runs to compare with."""
 
-    def __init__(self, folder: Path, overrides: tuple[str, ...] = ()) -> None:
-        """Open it; `overrides` are those of every run."""
+    def __init__(self, folder: Path, overrides: tuple[str, ...] = (), num_stages: int = 1) -> None:
+        """Open it; `overrides` and stages are those of every run."""
         self.folder, self.forker, self.overrides = folder / f"worker-{os.getpid()}", RankForker(), overrides
+        self.num_stages = num_stages
         self.known: Known = {}
 
     def undisturbed(self, world_size: int, ep_size: int, overrides: tuple[str, ...] = ()) -> tuple[Workload, Outcome]:
@@ -36,8 +38,11 @@ class TrialWorker:
         return self.known[key]
 
     def workload(self, world_size: int = 2, ep_size: int = 2, *overrides: str) -> tuple[Workload, Workload, Outcome]:
-        """Return a prepared run, the undisturbed one, and what both must leave behind."""
-        overrides = (*self.overrides, *overrides)
+        """Return a prepared run, the undisturbed one, and what both must leave behind.
+
+        Experts are over the ranks of a stage at the most.
+        """
+        overrides, ep_size = (*self.overrides, *overrides), min(ep_size, max(1, world_size // self.num_stages))
         base, expected = self.undisturbed(world_size, ep_size, overrides)
         workload = Workload(self.folder / "trial", world_size, ep_size, overrides).prepare(like=base)
         return workload, base, expected
@@ -114,7 +119,9 @@ def reads_epochs(worker: TrialWorker, num_kills: int, seed: int) -> Report:
 
 def control_killed(worker: TrialWorker, mutant: Prepare, kill: Kill, finding: str) -> Report:
     """Remove a protection and kill a run; check that the removal is detected as such."""
-    workload, _, expected = worker.workload()
+    # Where no rank has the experts of another one, none can take the wrong ones.
+    world_size = 2 * worker.num_stages if mutant in OF_SPREAD_EXPERTS else 2
+    workload, _, expected = worker.workload(world_size)
     return _noticed(kill_at(worker.forker, workload, expected, kill, mutant), finding)
 
 

@@ -4,7 +4,7 @@
       config.yaml  environment.json  run_id  origin.json  tokenizer.json  made_from.json if it was made from another run
       chat_template.jinja  special_tokens_map.json    if it trains on chats
       source/    as published, if imported
-      metrics.jsonl  routing.jsonl  alarms.jsonl  checkpoints/  status/
+      metrics.jsonl  routing.jsonl  alarms.jsonl  checkpoints/  status/  machines/ with `launch --spares`
       predictions/  skipped_rows.jsonl  experts.svg  report.html  report.json  routing_record/
       wandb/  tensorboard/  profile/  deepspeed/    if enabled
 
@@ -50,6 +50,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.skipped_rows = path / "skipped_rows.jsonl"
         self.status = path / "status"
+        self.machines = path / "machines"
         self.predictions = path / "predictions"
         self.experts_picture = path / "experts.svg"
         self.report = path / "report.html"

@@ -38,6 +38,8 @@ def add(subparsers: Subparsers) -> None:
     add_branch(sub)
     sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
     sub.add_argument("--nnodes", metavar="N", help="machines; run the same command on each (NNODES, else 1)")
+    what = "machines beyond these, numbered after them, that take the places of lost ones (SPARES, else 0)"
+    sub.add_argument("--spares", metavar="N", help=what)
     sub.add_argument("--node-rank", metavar="N", help="number of this machine, from 0 (NODE_RANK)")
     sub.add_argument("--master-addr", metavar="A", help="address of the first machine (MASTER_ADDR)")
     sub.add_argument("--master-port", metavar="P", help="port on the first machine (MASTER_PORT, else 29500)")
@@ -97,13 +99,14 @@ def launch_command(options: argparse.Namespace) -> int:
     """Train a config on one or more ranks of this machine, and restart them after a transient failure."""
     config, folder, branch, warnings = _named_run(options)
     ranks = Launch.of(vars(options), os.environ)
-    check_tasks(os.environ, expected=ranks.nnodes)
+    check_tasks(os.environ, expected=ranks.num_machines)
     parallel = config.parallel
     check_layout(parallel.degrees, world_size=ranks.world_size)
     check_first_weights(config, folder)
-    ranks.check_port(os.environ)
-    if ranks.node_rank == 0:  # the other machines' ranks start after this one's
-        folder.check_free()
+    if not ranks.spares:  # with them this machine may join a run that trains, on another machine's node
+        ranks.check_port(os.environ)
+        if ranks.node_rank == 0:  # the other machines' ranks start after this one's
+            folder.check_free()
     arguments, timeout_s = ["train", str(options.config), *options.overrides], config.parallel.timeout_s
     if branch is not None:  # made before any rank starts, which may be started again
         if ranks.node_rank == 0:

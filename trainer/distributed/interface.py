@@ -25,13 +25,24 @@ def interface_towards(host: str) -> str | None:
 
     By default gloo binds to the address of the host name, on many clusters a loopback or management address.
     """
+    address = _own_address_towards(host)
+    return next((name for name, own in addresses().items() if own == address), None)
+
+
+def address_towards(host: str, environment: Mapping[str, str]) -> str:
+    """Return this host's address on the interface that a user has named, else on the route to a host; maybe empty."""
+    found = addresses()
+    named = next((found[environment[key]] for key in _NAMED_BY if environment.get(key, "") in found), None)
+    return named or _own_address_towards(host) or ""
+
+
+def _own_address_towards(host: str) -> str | None:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # UDP: selects a route and sends nothing
-            address = probe.getsockname()[0]
+            return probe.getsockname()[0]
     except OSError:
         return None
-    return next((name for name, own in addresses().items() if own == address), None)
 
 
 def addresses() -> dict[str, str]:

@@ -4,7 +4,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.distributed.interface import LOOPBACK, address_to_listen_on, listening_socket
 from trainer.environment import SUPERVISOR, Variables, unknown_interfaces
@@ -35,6 +35,8 @@ class Launch:
     master_addr: str = ""
     """Address of the first node; empty for one node."""
     master_port: int = 29500
+    spares: int = 0
+    """Machines beyond the nodes, numbered after them, which take the places of lost ones (supervise/seats.py)."""
 
     @classmethod
     def of(cls, options: Mapping[str, str | None], environment: Mapping[str, str]) -> "Launch":
@@ -48,14 +50,15 @@ class Launch:
         def number(name: str, default: int | None, least: int, most: int | None = None) -> int:
             return variables.number(name.upper(), least=least, most=most, default=default, option=options.get(name))
 
-        nproc, nnodes = number("nproc", 1, 1), number("nnodes", 1, 1)
-        launch = cls(nproc=nproc, nnodes=nnodes)
+        nproc, nnodes, spares = number("nproc", 1, 1), number("nnodes", 1, 1), number("spares", 0, 0)
+        launch = cls(nproc=nproc, nnodes=nnodes, spares=spares)
         if nproc > _MAX_LOCAL_RANKS:
             variables.problems.append(f"NPROC={nproc}: is more than {_MAX_LOCAL_RANKS} ranks on one node")
+        if launch.num_machines > 1:
+            launch = replace(launch, node_rank=number("node_rank", None, 0, launch.num_machines - 1))
         if nnodes > 1:
-            node_rank, port = number("node_rank", None, 0, nnodes - 1), number("master_port", 29500, 1, 65535)
             address = options.get("master_addr") or environment.get("MASTER_ADDR", "")
-            launch = cls(nproc=nproc, nnodes=nnodes, node_rank=node_rank, master_addr=address, master_port=port)
+            launch = replace(launch, master_addr=address, master_port=number("master_port", 29500, 1, 65535))
             if not launch.master_addr:
                 variables.problems.append(f"NNODES={nnodes} needs MASTER_ADDR as well: the address of the first node")
         variables.number(_SHUTDOWN, least=0, most=10**6)
@@ -68,6 +71,16 @@ class Launch:
     def world_size(self) -> int:
         """Ranks on all nodes."""
         return self.nproc * self.nnodes
+
+    @property
+    def num_machines(self) -> int:
+        """Machines on which `launch` runs."""
+        return self.nnodes + self.spares
+
+    @property
+    def is_spare(self) -> bool:
+        """Return whether this machine has no node at first."""
+        return self.node_rank >= self.nnodes
 
     @property
     def ranks(self) -> range:

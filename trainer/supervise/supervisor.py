@@ -2,24 +2,26 @@
 
 import contextlib
 import os
+import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.distributed.process import is_alive
-from trainer.errors import PREEMPTED
+from trainer.errors import PREEMPTED, CommError, exit_code_of
 from trainer.status import ATTEMPT, Status, read_statuses
 from trainer.supervise.child import Child
 from trainer.supervise.exit_status import ExitStatus, diagnose_exit
 from trainer.supervise.launch import Launch, environment_of_attempt
 from trainer.supervise.liveness_monitor import LivenessMonitor
 from trainer.supervise.policy import AttemptOutcome, Policy, decide, is_retried
+from trainer.supervise.seats import RunIsOver, Seats
 from trainer.supervise.stop_signals import StopSignals
-from trainer.terminal import print_safe
+from trainer.terminal import print_error
 
 _POLL_S = 0.1
 _STATUS_POLL_S = 1.0
@@ -49,14 +51,29 @@ class Supervisor:
         policy: Policy | None = None,
     ) -> None:
         self._launch, self._arguments, self._folder = launch, arguments, folder
+        self._seats = Seats(folder.machines, launch, lost_s=silence_s) if launch.spares else None
         self._patience_s, self._policy = patience_s, policy or Policy()
         self._silence_s = silence_s if launch.world_size == 1 else patience_s
 
     def run(self) -> int:
         """Run to the end, to a final failure or to a stop signal; return the exit code."""
-        first_checkpoint, history, endings = newest_checkpoint(self._folder), [], []
+        if self._seats is None:
+            return self._run()
+        self._seats.open()
+        try:
+            code = self._run()
+        except BaseException as error:
+            self._seats.leave(exit_code_of(error) or 1)
+            raise
+        self._seats.leave(code)
+        return code
+
+    def _run(self) -> int:
+        first_checkpoint, history, endings = newest_checkpoint(self._folder), [], list[ExitStatus]()
         with StopSignals() as requests:
             while True:
+                if (over := self._take_seat(requests, endings)) is not None:
+                    return over
                 ending = self._attempt(requests)
                 history.append(AttemptOutcome(code=ending.code, checkpoint=newest_checkpoint(self._folder)))
                 endings.append(ending)
@@ -65,24 +82,42 @@ class Supervisor:
                 restart = None if ending.is_unsaved else decide(history, before=first_checkpoint, policy=self._policy)
                 if restart is None:
                     if is_retried(ending.code) and not ending.is_unsaved:
-                        _print(_given_up(endings[-self._policy.max_restarts - 1 :], history[-1].checkpoint))
+                        print_error(_given_up(endings[-self._policy.max_restarts - 1 :], history[-1].checkpoint))
                     return ending.exit_code
-                _print(
+                print_error(
                     f"{ending.what} {ending.where}; starting again from step {history[-1].checkpoint or 0} in "
                     f"{restart.pause_s:g} s (restart {restart.number}, {restart.num_left} more without progress)"
                 )
                 requests.sleep(restart.pause_s)
-                self._wait_for_leftovers(requests)
-                if requests.count:
-                    newest = history[-1].checkpoint
-                    _print(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
-                    return PREEMPTED if newest is not None or ending.step <= 1 else ending.exit_code
+
+    def _take_seat(self, requests: StopSignals, endings: Sequence[ExitStatus]) -> int | None:
+        """Wait until the ranks of this machine may start, with spares on whichever node; or return the exit code."""
+        seat: Launch | None = self._launch
+        if self._seats is not None:
+            try:
+                seat = self._seats.take(requests)
+            except RunIsOver as over:
+                print_error(over)
+                return over.code or (endings[-1].exit_code if endings else 0)
+        if seat is not None:
+            self._launch = seat
+        if endings or self._seats is not None:
+            self._wait_for_leftovers(requests)
+        if not requests.count or (not endings and self._seats is None):
+            return None
+        newest = newest_checkpoint(self._folder)
+        if not endings:
+            print_error(f"stopped by {requests.name} before this machine had a node; {_newest_is(newest)}")
+            return PREEMPTED
+        print_error(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
+        return PREEMPTED if newest is not None or endings[-1].step <= 1 else endings[-1].exit_code
 
     def _attempt(self, requests: StopSignals) -> ExitStatus:
         """Start the ranks once, forward stop signals, kill them if they hang; return their exit status."""
         is_alone = self._launch.world_size == 1
         num_forwarded, read_at, kill_at = 0, time.monotonic(), float("inf")
         silent: list[str] = []
+        lost: str | None = None
         with closing(LivenessMonitor("0" if is_alone else "torchrun")) as life:
             environment = environment_of_attempt(os.environ) | life.environment
             child = Child(self._launch.command(self._arguments), environment)
@@ -107,14 +142,19 @@ class Supervisor:
                     has_begun = any(status.phase != "start-up" for status in statuses.values())
                     limit_s = self._silence_s if has_begun else self._silence_s + _START_S
                     silent = silent or [name for name in life.silent(limit_s) if _may_run(name, statuses)]
-                if silent or now > kill_at:
+                    if self._seats is not None and not has_begun:
+                        lost = lost or self._seats.lost_since()
+                if silent or lost is not None or now > kill_at:
                     child.kill()
             report = child.close()
         statuses, ranks = self._statuses(environment), self._launch.ranks
         frozen = {"silent": silent, "silence_s": self._silence_s}
-        return diagnose_exit(
+        ending = diagnose_exit(
             returncode, pid=child.pid, report=report, statuses=statuses, ranks=ranks, is_alone=is_alone, **frozen
         )
+        if lost is None or ending.code != -signal.SIGKILL:
+            return ending
+        return replace(ending, what=lost, code=CommError.exit_code, exit_code=CommError.exit_code)
 
     def _statuses(self, environment: dict[str, str]) -> dict[int, Status]:
         return read_statuses(self._folder.status, environment[ATTEMPT])
@@ -125,6 +165,8 @@ class Supervisor:
             end = time.monotonic() + _LOCK_S
             while self._folder.owner() is not None and time.monotonic() < end and not requests.count:
                 time.sleep(_POLL_S)
+            return
+        if self._seats is not None:  # nobody is given a node before every machine's attempt has ended
             return
         # While the first node's old store still listens, new ranks would connect to the old attempt.
         address, end = (self._launch.master_addr, self._launch.master_port), time.monotonic() + _OLD_STORE_S
@@ -138,10 +180,14 @@ class Supervisor:
         if not is_retried(ending.code):
             return ending.exit_code
         if not ending.has_begun:  # the signal came before the handler was installed
-            _print(f"stopped by {requests.name} before its first step: nothing is lost; start it again to continue")
+            print_error(
+                f"stopped by {requests.name} before its first step: nothing is lost; start it again to continue"
+            )
             return PREEMPTED
         newest = newest_checkpoint(self._folder)
-        _print(f"{ending.what} {ending.where}, after a stop was requested by {requests.name}; {_newest_is(newest)}")
+        print_error(
+            f"{ending.what} {ending.where}, after a stop was requested by {requests.name}; {_newest_is(newest)}"
+        )
         return ending.exit_code
 
 
@@ -182,8 +228,3 @@ def _step(ending: ExitStatus) -> str:
 
 def _newest_is(newest: int | None) -> str:
     return "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
-
-
-def _print(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal was closed
-        print_safe(text, file=sys.stderr)
