@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -20,7 +21,8 @@ from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.row_parts import own_part
 from trainer.data.batches.stream import TrainStream
-from trainer.data.corpus import build_corpus
+from trainer.data.config import DataConfig
+from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
 from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
@@ -92,7 +94,7 @@ def collect(
     """
     device = torch.device("cpu")
     config = resolve_kernel(config, device)
-    corpus = build_corpus(config.data, seq_len=config.model.seq_len)
+    corpus = _corpus_of(config.data.model_dump_json(), config.model.seq_len)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
 
     def build(config: ExperimentConfig) -> StepEngine:
@@ -120,6 +122,12 @@ def collect(
                 _train(config, engine, steps_rows[alone:], mesh, evidence)
         mesh.world.all_gather_objects(None)  # rank 0 removes the folder once all have read it
     return evidence
+
+
+@lru_cache(maxsize=1)
+def _corpus_of(data: str, seq_len: int) -> Corpus:
+    """Open the text of a `data` section, given as JSON; once in a process, for all layouts that it proves."""
+    return build_corpus(DataConfig.model_validate_json(data), seq_len=seq_len)
 
 
 def _save(engine: StepEngine, folder: CheckpointFolder, mesh: Mesh) -> None:
