@@ -56,11 +56,32 @@ _ROWS_AND_STAGES: Final = (
     Case(world_size=8, pp_size=8, pp_schedule="gpipe", micro_batch_size=1),
 )
 
+_OVERLAPPED: Final = (
+    Case(world_size=6, ep_size=3, overlap="micro_batches", micro_batch_size=1),
+    Case(world_size=8, ep_size=8, overlap="micro_batches", recompute="block", micro_batch_size=1),
+    Case(world_size=8, ep_size=4, data="shard", overlap="micro_batches", micro_batch_size=1),
+    Case(world_size=8, ep_size=4, cp_size=2, overlap="micro_batches", micro_batch_size=1),
+    Case(world_size=8, ep_size=4, tp_size=2, data="shard", overlap="micro_batches", micro_batch_size=1),
+)
+
+_HEADS: Final = (
+    Case(world_size=6, tp_size=2, ep_size=3, micro_batch_size=1),
+    Case(world_size=6, tp_size=3, data="shard", micro_batch_size=1),
+    Case(world_size=8, tp_size=4, ep_size=8, recompute="block", micro_batch_size=1),
+    Case(world_size=8, tp_size=2, ep_size=4, data="shard", micro_batch_size=1),
+    Case(world_size=8, tp_size=2, ep_size=2, data="shard", shard_size=4, micro_batch_size=1),
+    Case(world_size=8, tp_size=2, cp_size=2, ep_size=4, micro_batch_size=1),
+    Case(world_size=8, tp_size=2, cp_size=2, cp="ring", ep_size=2, data="shard", micro_batch_size=1),
+    Case(world_size=8, tp_size=2, pp_size=2, ep_size=4, micro_batch_size=1),
+    Case(world_size=8, tp_size=2, pp_size=2, pp_schedule="interleaved_1f1b", data="shard", micro_batch_size=1),
+    Case(world_size=8, tp_size=2, pp_size=2, cp_size=2, ep_size=2, micro_batch_size=1),
+)
+
 
 def many_ranks(num_rows: int, most: int) -> Iterator[Case]:
     """Yield layouts of more ranks than four, up to `most`, for global batches of `num_rows`; not all fit a config."""
-    for case in (*_UNEVEN, *_EXPERTS_AND_SHARDS, *_ROWS_AND_STAGES):
+    for case in (*_UNEVEN, *_EXPERTS_AND_SHARDS, *_ROWS_AND_STAGES, *_HEADS, *_OVERLAPPED):
         if case.world_size <= most:
-            share = -(-num_rows * case.pp_size * case.cp_size // case.world_size)
-            # Stages need as many micro-batches as they are, and more under some schedules.
-            yield case if case.pp_size > 1 else replace(case, micro_batch_size=share)
+            share = -(-num_rows * case.pp_size * case.cp_size * case.tp_size // case.world_size)
+            # Stages need as many micro-batches as they are, and more under some schedules; an overlap needs two.
+            yield case if case.pp_size > 1 or case.overlap != "none" else replace(case, micro_batch_size=share)
