@@ -27,6 +27,7 @@ from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.consistency import differences_across_ranks
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import even_slice
 from trainer.metrics.system_stats import reduce_over_ranks
 from trainer.step_timer import PARTS
 
@@ -39,7 +40,7 @@ def state_of(mesh: Mesh, *, is_sharded: bool) -> TrainState:
     slices = {}
     ep, shard = mesh.ep, mesh.shard
     for prefix in ("model.", "optim.exp_avg.", "optim.exp_avg_sq."):
-        for layer in range(_LAYERS):
+        for layer in range(*even_slice(_LAYERS, mesh.pp.size, mesh.pp.index)):
             rows = torch.full((8, 2), float(layer))
             if is_sharded:
                 local = rows.repeat(shard.size, 1)[: 8 * shard.size]
@@ -95,12 +96,13 @@ def phases(folder: Path, *, is_sharded: bool) -> Iterator[tuple[str, Callable[[M
     yield "resume", resume
 
 
-def count(world_size: int, *, is_sharded: bool = False) -> dict[str, tuple[list[Traffic], float]]:
+def count(world_size: int, *, is_sharded: bool = False, pp_size: int = 1) -> dict[str, tuple[list[Traffic], float]]:
     """Return the traffic of every rank in each phase, and the seconds of all ranks on this machine."""
     counted = {}
-    degrees = {"ep_size": min(world_size, _PER_NODE), "ranks_per_node": _PER_NODE}
+    stage_size = world_size // pp_size
+    degrees = {"ep_size": min(stage_size, _PER_NODE), "ranks_per_node": _PER_NODE, "pp_size": pp_size}
     if is_sharded:
-        degrees["shard_size"] = min(world_size, _PER_NODE)
+        degrees["shard_size"] = min(stage_size, _PER_NODE)
     with (
         tempfile.TemporaryDirectory() as folder,
         patch("trainer.checkpoint.tensor_files.os.fsync"),

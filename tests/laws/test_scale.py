@@ -5,7 +5,7 @@ The real code of every rank, in threads; messages and bytes are counted by the u
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -23,27 +23,35 @@ _BYTES_A_RANK = {"log a step": 100, "first save": 120, "save": 90}
 """What rank 0 receives from every other rank."""
 
 
-@pytest.fixture(scope="module")
-def counted() -> dict[int, dict[str, list[Traffic]]]:
-    return {
-        ranks: {name: traffic for name, (traffic, _) in count(ranks, is_sharded=True).items()}
-        for ranks in (_FEW, _MANY)
-    }
+class Counted(NamedTuple):
+    """What few and many ranks exchange, by phase."""
+
+    num_few: int
+    num_many: int
+    few: dict[str, list[Traffic]]
+    many: dict[str, list[Traffic]]
 
 
-def test_a_rank_sends_as_many_messages_as_trees_are_deep(counted: dict[int, dict[str, list[Traffic]]]) -> None:
-    for name, few in counted[_FEW].items():
-        many = counted[_MANY][name]
+@pytest.fixture(scope="module", params=[1, 2], ids=["no stages", "two stages"])
+def counted(request: pytest.FixtureRequest) -> Counted:
+    sizes = _FEW * request.param, _MANY * request.param
+    few, many = ({k: v for k, (v, _) in count(n, is_sharded=True, pp_size=request.param).items()} for n in sizes)
+    return Counted(*sizes, few, many)
+
+
+def test_a_rank_sends_as_many_messages_as_trees_are_deep(counted: Counted) -> None:
+    for name, few in counted.few.items():
+        many = counted.many[name]
         for rank in (1, -1):
             assert many[rank].calls == few[rank].calls, f"{name}: calls grow with the ranks"
-            assert many[rank].messages <= 2 * math.ceil(math.log2(_MANY)) * many[rank].calls.total(), name
-        gathered = many[0].calls["gather"] * (_MANY - 1)
+            assert many[rank].messages <= 2 * math.ceil(math.log2(counted.num_many)) * many[rank].calls.total(), name
+        gathered = many[0].calls["gather"] * (counted.num_many - 1)
         assert many[0].messages <= many[1].messages + gathered, name
 
 
-def test_what_a_rank_receives_does_not_grow_but_for_stated_bytes(counted: dict[int, dict[str, list[Traffic]]]) -> None:
-    for name, few in counted[_FEW].items():
-        many, more = counted[_MANY][name], _MANY - _FEW
+def test_what_a_rank_receives_does_not_grow_but_for_stated_bytes(counted: Counted) -> None:
+    for name, few in counted.few.items():
+        many, more = counted.many[name], counted.num_many - counted.num_few
         allowed = _BYTES_A_RANK.get(name, 0) * more
         assert many[0].received_bytes <= few[0].received_bytes + allowed, name
         # With more ranks there are copies of experts, whose groups compare them and share the writing.

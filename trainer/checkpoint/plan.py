@@ -120,8 +120,17 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
     return SavePlan(places=places, parts=parts)
 
 
+def has_moments(places: Mapping[str, Placement]) -> bool:
+    """Return whether all experts that learn have their moments."""
+    return not _missing_moments(places)
+
+
 def check_moments(places: Mapping[str, Placement]) -> None:
     """Raise a CheckpointError if experts that learn lack their moments."""
-    experts = [name for name, place in places.items() if place.is_of_experts and not place.is_frozen]
-    for missing in missing_moments({name: place.shape for name, place in places.items()}, experts):
+    for missing in _missing_moments(places):
         raise CheckpointError(f"not saved: {missing}; this is a bug in the engine")
+
+
+def _missing_moments(places: Mapping[str, Placement]) -> list[str]:
+    experts = [name for name, place in places.items() if place.is_of_experts and not place.is_frozen]
+    return list(missing_moments({name: place.shape for name, place in places.items()}, experts))

@@ -1,6 +1,7 @@
 """Let the ranks plan a save together: each plans its own part of it, from what the ranks with copies of it agree on.
 
-What every rank receives does not grow with the ranks. Rank 0 receives the parts of all, which the manifest lists.
+What every rank receives does not grow with the ranks. Rank 0 receives the parts of all, which the manifest lists, and
+what each stage of a pipeline holds.
 
 # N tensors of a state.
 """
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.coverage import partition_error
-from trainer.checkpoint.plan import Placement, SavePlan, StatePart, check_moments, local_placements, plan_save
+from trainer.checkpoint.plan import (
+    Placement,
+    SavePlan,
+    StatePart,
+    check_moments,
+    has_moments,
+    local_placements,
+    plan_save,
+)
 from trainer.checkpoint.state import TrainState
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
@@ -27,8 +36,7 @@ def plan_together(state: TrainState, mesh: Mesh) -> SavePlan:
         CheckpointError: if the ranks together do not hold the whole state; on every rank.
     """
     placements, host = local_placements(state), mesh.host
-    if have_same_tensors(placements, host):
-        check_moments(placements)
+    if _is_even(placements, mesh):
         plan = _plan_by_groups(placements, mesh)
         if not host.any(host.index == 0 and not _covers(plan)):
             return plan
@@ -39,6 +47,16 @@ def plan_together(state: TrainState, mesh: Mesh) -> SavePlan:
 def have_same_tensors(placements: Mapping[str, Placement], group: Group) -> bool:
     """Return whether all ranks hold parts of the same tensors, in the same order. Collective."""
     return group.agrees([[name, *place[2:6]] for name, place in placements.items()])
+
+
+def _is_even(placements: Mapping[str, Placement], mesh: Mesh) -> bool:
+    """Return whether the ranks of each stage hold parts of the same tensors, with moments; the same on all ranks."""
+    if mesh.layout.pp_size > 1:
+        return not mesh.host.any(not (have_same_tensors(placements, mesh.stage) and has_moments(placements)))
+    if have_same_tensors(placements, mesh.host):
+        check_moments(placements)
+        return True
+    return False
 
 
 def copy_groups(mesh: Mesh) -> Iterator[Group]:
@@ -61,15 +79,37 @@ def _plan_by_groups(placements: Mapping[str, Placement], mesh: Mesh) -> SavePlan
         is_shared = is_left & ~group.differs(where.to(group.device)).cpu()
         is_left &= ~is_shared
         mine += _share(placements, is_shared, group)
-    everyone = mesh.host.gather_objects(sorted(mine))
+    of_stages, elsewhere = _stages(placements, mesh)
+    mine = sorted(part for part in mine if names[part[0]] not in elsewhere)
+    everyone = mesh.host.gather_objects(mine)
     by_rank = {me: mine} if everyone is None else dict(enumerate(everyone))
-    parts: dict[str, list[StatePart]] = {name: [] for name in names}
+    places = dict(placements) if everyone is None else {n: p for held in reversed(of_stages) for n, p in held.items()}
+    parts: dict[str, list[StatePart]] = {name: [] for name in places if name not in elsewhere}
+    names_of = [list(held) for held in of_stages]
     for rank, of_rank in by_rank.items():
+        of_stage = names if rank == me else names_of[rank // mesh.layout.stage_size]
         for number, start, length in of_rank:
-            parts[names[number]].append(StatePart(rank, start, length))
-    return SavePlan(
-        places=dict(placements), parts={name: sorted(ps, key=lambda p: p[1:]) for name, ps in parts.items()}
-    )
+            parts[of_stage[number]].append(StatePart(rank, start, length))
+    return SavePlan(places=places, parts={name: sorted(ps, key=lambda p: p[1:]) for name, ps in parts.items()})
+
+
+def _stages(placements: Mapping[str, Placement], mesh: Mesh) -> tuple[list[Mapping[str, Placement]], set[str]]:
+    """Return what each stage holds, on rank 0, and what this rank leaves to an earlier stage, such as a tied embedding.
+
+    One rank of each stage sends its placements: all ranks of a stage have the same tensors.
+    """
+    layout = mesh.layout
+    if layout.pp_size == 1:
+        return [placements], set()
+    gathered = mesh.pp.gather_objects(placements) if layout.is_first_of_stage else None
+    of_stages = [{name: Placement(*values) for name, values in held.items()} for held in gathered or []]
+    first: dict[str, int] = {}
+    shared: dict[str, int] = {}  # stage that writes it
+    for stage, held in enumerate(of_stages):
+        shared |= {name: first[name] for name in held if name in first}
+        first = {name: stage for name in held} | first
+    writers = mesh.host.broadcast_object(shared)
+    return list(of_stages), {name for name, stage in writers.items() if stage != layout.pp_rank}
 
 
 def _share(placements: Mapping[str, Placement], is_shared: Tensor, group: Group) -> Iterator[tuple[int, int, int]]:

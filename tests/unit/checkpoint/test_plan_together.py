@@ -67,6 +67,52 @@ def test_every_part_is_written_once_and_known_to_rank_0(ranks: Ranks, kind: str,
     assert dense == list(range(RANKS)), "copies are shared out evenly"
 
 
+def planned_with_stages(forced: bool) -> tuple[dict[str, Any], list[Any], int]:
+    """Plan a state whose layers are on two stages, with experts of each, and an embedding on both."""
+    mesh = mesh_here(ep_size=2, pp_size=2)
+    stage, gathers = mesh.layout.pp_rank, Group.all_gather_objects
+    slices = {"model.tied": Slice.whole(torch.zeros(7, 2)), f"model.copied.{stage}": Slice.whole(torch.zeros(5, 2))}
+    for name in (f"model.w{stage}", f"optim.exp_avg.w{stage}", f"optim.exp_avg_sq.w{stage}"):
+        slices[name] = expert_slice(mesh, kind="even")
+    even = module._is_even if not forced else lambda *_: False
+    with (
+        patch.object(Group, "all_gather_objects", autospec=True, side_effect=gathers) as gathered,
+        patch.object(module, "_is_even", even),
+    ):
+        plan = plan_together(TrainState(slices=slices), mesh)
+    return plan.parts, plan.of_rank(mesh.layout.rank), gathered.call_count
+
+
+def test_stages_plan_by_themselves_and_write_what_two_of_them_hold_once(ranks: Ranks) -> None:
+    by_stages = ranks.run(RANKS, planned_with_stages, False)
+    parts = by_stages[0][0]
+    for rank, (_, mine, num_gathers) in enumerate(by_stages):
+        assert num_gathers == 0, "no rank but the first receives what others hold"
+        assert mine == [(name, part) for name, of_name in parts.items() for part in of_name if part.rank == rank]
+    (by_all, *_), *_ = ranks.run(RANKS, planned_with_stages, True)
+    assert {name: [part[1:] for part in of_name] for name, of_name in parts.items()} == {
+        name: [part[1:] for part in of_name] for name, of_name in by_all.items()
+    }
+    assert {part.rank for part in parts["model.tied"]} <= {0, 1} and {part.rank for part in parts["model.w1"]} == {2, 3}
+
+
+def stage_without_moments() -> str:
+    """Return the error if the experts of the second stage have no moments."""
+    mesh = mesh_here(ep_size=2, pp_size=2)
+    stage = mesh.layout.pp_rank
+    names = [f"model.w{stage}", *(f"optim.{moment}.w{stage}" for moment in ("exp_avg", "exp_avg_sq") if stage == 0)]
+    whole = expert_slice(mesh, kind="even")
+    experts = Slice(tensor=whole.tensor, global_shape=(4, 3), start=whole.start, is_of_experts=True)
+    with pytest.raises(CheckpointError) as error:
+        plan_together(TrainState(slices={name: experts if name[0] == "m" else whole for name in names}), mesh)
+    return str(error.value)
+
+
+def test_an_error_of_one_stage_is_that_of_all(ranks: Ranks) -> None:
+    errors = ranks.run(RANKS, stage_without_moments)
+    assert len(set(errors)) == 1 and errors[0].startswith("not saved: optim.exp_avg.w1 of [4, 3]"), errors
+
+
 def plan_without(missing: str) -> str:
     """Return the error if rank 3 alone holds another part than its copies, or rank 1 lacks a tensor's moments."""
     mesh = mesh_here(ep_size=2)
