@@ -33,11 +33,21 @@ OF_TWO = {
     "heads": ["parallel.tp_size=2", "parallel.ep_size=2", "model.moe.first_dense_layers=1"],
     "ZeRO 2": ["engine={kind: deepspeed, zero_stage: 2}", "parallel.ep_size=2"],
 }
+STAGES = ["parallel.pp_size=2", "model.num_layers=4", "parallel.micro_batch_size=1", "train.global_batch_size=6"]
+OF_STAGES = {
+    "gpipe": [*STAGES, "parallel.pp_schedule=gpipe", "model.tie_embeddings=false"],
+    "1f1b": [*STAGES, "parallel.recompute=block"],
+    "interleaved": [*STAGES, "parallel.pp_schedule=interleaved_1f1b", "model.moe.balance.counts=previous_step"],
+    "there and back": [*STAGES, "parallel.pp_schedule=zbv"],
+    "dualpipe": [*STAGES, "parallel.pp_schedule=dualpipe_v"],
+}
 OF_FOUR = {
     "copies of shards": ["parallel.data=shard", "parallel.shard_size=2", "parallel.ep_size=2"],
     "rows shared by heads": ["parallel.cp_size=2", "parallel.ep_size=4", "model.moe.balance.scope=sequence"],
     "heads, sharded": ["parallel.tp_size=2", "parallel.data=shard", "parallel.recompute=norms_and_activations"],
     "rows shared in a ring": ["parallel.cp_size=4", "parallel.cp=ring", "parallel.recompute=block"],
+    "experts over a stage": [*STAGES, "parallel.ep_size=2", "parallel.data=shard", "parallel.shard_keeps=weights"],
+    "four stages": [*STAGES, "parallel.pp_size=4"],  # last: torch names groups by how many there were
 }
 
 
@@ -55,10 +65,12 @@ def real_steps(cases: list[list[str]], router: str = BY_NUMBER) -> list[ProbedSt
     return steps
 
 
-def fake_one(overrides: list[str], world_size: int, router: str = BY_NUMBER, **more: Any) -> ProbedStep:
+def fake_one(
+    overrides: list[str], world_size: int, router: str = BY_NUMBER, rank: int = 0, **more: Any
+) -> ProbedStep:
     config = config_of(overrides, router)
     own = config.parallel
-    layout = Layout(world_size=world_size, **asdict(own.degrees))
+    layout = Layout(world_size=world_size, rank=rank, **asdict(own.degrees))
     with fake_mesh(layout) as mesh, fake_tensors(load_of(config, own.ep_size, 1.0)):
         return probe_step(config, mesh, torch.device("cpu"), ProbeOptions(num_ids=256, **more))
 
@@ -70,11 +82,13 @@ def check_equal(real: ProbedStep, fake: ProbedStep, name: str) -> None:
     assert fake.peak == pytest.approx(real.peak, rel=0.01), name
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, OF_TWO), (4, OF_FOUR)])
+@pytest.mark.parametrize(("world_size", "cases"), [(2, OF_TWO), (2, OF_STAGES), (4, OF_FOUR)])
 def test_bytes_and_messages_are_those_of_real_ranks(ranks: Ranks, world_size: int, cases: dict[str, list[str]]) -> None:
     real = ranks.run(world_size, real_steps, list(cases.values()))
     for number, (name, overrides) in enumerate(cases.items()):
-        check_equal(real[0][number], fake_one(overrides, world_size), name)
+        firsts = range(0, world_size, world_size // config_of(overrides).parallel.pp_size)
+        for rank in firsts:  # of each stage
+            check_equal(real[rank][number], fake_one(overrides, world_size, rank=rank), f"{name}, rank {rank}")
 
 
 def test_activations_of_two_micro_batches_that_overlap_are_counted() -> None:

@@ -1,7 +1,7 @@
 """A rank of a run of many, in one process: fake tensors, torch's fake process group, a mesh that exchanges nothing."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -66,9 +66,18 @@ def fake_mesh(layout: Layout) -> Iterator[Mesh]:
             return AloneGroup(name, mine, me=layout.rank, handle=handles[mine], recorder=recorder)
 
         world = group("world", [list(everyone)])
-        yield mesh_of_groups(layout, group, world=world, host=world, saving=world)
+        with _messages(layout):
+            yield mesh_of_groups(layout, group, world=world, host=world, saving=world)
     finally:
         dist.destroy_process_group()
+
+
+def _messages(layout: Layout) -> AbstractContextManager[None]:
+    if layout.pp_size == 1:
+        return nullcontext()
+    from trainer.plan.sent_messages import kept_messages  # which imports torch's pipelining, and that makes a tensor
+
+    return kept_messages()
 
 
 @contextmanager

@@ -85,6 +85,8 @@ def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, optio
         OverLimit: if more bytes are alive at once than the limit.
     """
     operations, first = StepOperations(), StepOperations()
+    if mesh.pp.size > 1:
+        import trainer.engine.pipeline  # noqa: F401  makes a tensor, which is none of the step's
     with ExitStack() as stack:
         counts = stack.enter_context(TensorBytes(options.limit))
         model = parallelize(
@@ -103,8 +105,10 @@ def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, optio
         before = counts.live
         batches = random_batches(config, mesh, options)
         batch = (counts.live - before) // len(batches)
+        # A pipeline keeps buffers for the micro-batches of the step before, if there were as many.
+        num_first = options.first_micro_batches if mesh.pp.size == 1 else len(batches)
         with first:
-            engine.train_step(batches[: options.first_micro_batches], lr=_LR)
+            engine.train_step(batches[:num_first], lr=_LR)
         gc.collect()  # cycles of the first step would be freed at some moment of the second
         resident = counts.live
         counts.peaks.clear()
@@ -122,8 +126,9 @@ def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, optio
 
 def shape_of_batches(config: ExperimentConfig, world_size: int) -> tuple[int, int]:
     """Return the number of micro-batches of a rank and the rows of each, as the stream splits a step."""
-    rows = -(-config.train.global_batch_size // (world_size // config.parallel.row_size))
-    num_batches = -(-rows // config.parallel.micro_batch_size)
+    own = config.parallel
+    rows = -(-config.train.global_batch_size // (world_size // (own.row_size * own.pp_size)))
+    num_batches = -(-rows // own.micro_batch_size)
     return num_batches, -(-rows // num_batches)
 
 

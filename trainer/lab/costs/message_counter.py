@@ -72,7 +72,7 @@ class CollectiveCall:
     name: str
     """Torch's name, such as `allreduce`."""
     ranks: tuple[int, ...]
-    """Global ranks of its group."""
+    """Global ranks of its group; of what one rank sends to another, both."""
     bytes_sent: int
     """By this rank to others."""
     messages: int
@@ -88,8 +88,9 @@ def call_of(func: Any, args: Sequence[Any]) -> CollectiveCall | None:
     name = name.removeprefix("c10d::").strip("_")
     handle = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
     group = None if handle is None else dist.ProcessGroup.unbox(handle)
-    if group is None or group.size() == 1 or name.startswith("barrier"):
+    if group is None or group.size() == 1 or name.startswith(("barrier", "recv")):
         return None
+    ranks = tuple(dist.get_process_group_ranks(group))
     others = group.size() - 1
     if name.startswith("alltoall_base"):
         x = args[1]
@@ -99,14 +100,15 @@ def call_of(func: Any, args: Sequence[Any]) -> CollectiveCall | None:
     else:
         tensors = _flat(args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0])
         size, messages, x = sum(tensor.numel() * tensor.element_size() for tensor in tensors), others, tensors[0]
-        if name.startswith("allreduce"):
+        if name == "send":
+            messages, ranks = 1, (ranks[group.rank()], ranks[args[2]])
+        elif name.startswith("allreduce"):
             size = 2 * size * others // group.size()
         elif name.startswith("reduce_scatter"):
             size = size * others // group.size()
         else:
             size *= others
     width = x.shape[-1] if x.is_floating_point() and x.dim() > 1 else None
-    ranks = tuple(dist.get_process_group_ranks(group))
     return CollectiveCall(name=name, ranks=ranks, bytes_sent=size, messages=messages, width=width)
 
 
