@@ -31,7 +31,8 @@ from trainer.experiment import ExperimentConfig
 from trainer.plan.fake_step import num_ids_of
 from trainer.plan.find_layouts import Plan
 from trainer.plan.gpus import gpu_named
-from trainer.plan.layouts import Choices, Cluster, PlannedLayout, layouts_of, least_state_bytes
+from trainer.plan.layout_estimates import least_state_bytes
+from trainer.plan.layouts import Choices, Cluster, PlannedLayout, layouts_of
 from trainer.plan.plan_config import PlanRequest, found_layouts, planned_file
 from trainer.plan.tensor_bytes import OverLimit, TensorBytes
 from trainer.prove.pool import Failure, LocalRanks

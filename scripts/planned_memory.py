@@ -37,7 +37,8 @@ from trainer.lab.costs.saved_bytes import peak_bytes
 from trainer.plan.fake_step import num_ids_of, runnable
 from trainer.plan.gpus import gpu_named
 from trainer.plan.layouts import Choices, Cluster, PlannedLayout, layouts_of
-from trainer.plan.measure_layout import Ranks, measure_layout
+from trainer.plan.measure_layout import measure_layout
+from trainer.plan.measured_rank import Ranks
 from trainer.plan.step_cost import Quantity, StepCost, cost_of
 from trainer.plan.step_probe import ProbeOptions, WindowRecorder, probe_step, random_batches
 from trainer.prove.pool import Failure, LocalRanks
@@ -61,7 +62,8 @@ class Case(NamedTuple):
         """Name in a table."""
         layout = self.layout
         hops = ", 2 hops" if layout.hierarchical else ""
-        return f"{self.world_size} {layout.ep_size} {layout.sharding + hops:<21} {layout.recompute:<21}"
+        shared = f"{layout.groups:<6} {layout.sharding + hops:<21}"
+        return f"{self.world_size} {layout.ep_size} {shared} {layout.recompute:<21}"
 
 
 class Measured(NamedTuple):
@@ -103,7 +105,7 @@ def _real_step(own: ExperimentConfig, by_number: ExperimentConfig, case: Case) -
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     engine.held()
     batches = random_batches(config, mesh, ProbeOptions(num_ids=num_ids_of(own), seed=1))
-    engine.train_step(batches[:1], lr=1e-4)
+    engine.train_step(batches[:1] if mesh.pp.size == 1 else batches, lr=1e-4)
     gc.collect()
     counts: list[Any] = []
 
@@ -131,6 +133,9 @@ def mesh_of(world_size: int, per_node: int, planned: PlannedLayout, recorder: Fl
         ep_size=planned.ep_size,
         ranks_per_node=per_node,
         shard_size=planned.shard_size,
+        cp_size=planned.cp_size,
+        pp_size=planned.pp_size,
+        pp_schedule=planned.pp_schedule,
     )
     return build_mesh(layout, recorder)
 
@@ -152,15 +157,18 @@ class Row(NamedTuple):
 def row_of(own: ExperimentConfig, by_number: ExperimentConfig, case: Case, real: Sequence[Measured]) -> Row:
     """Return a layout's row from what its ranks measured."""
     ranks = Ranks(world_size=case.world_size, per_node=case.per_node, device="cpu")
-    even = measure_layout(config_of_layout(by_number, case.layout), ranks)
+    has_stages = case.layout.pp_size > 1
+    even = measure_layout(config_of_layout(by_number, case.layout), ranks, whole=has_stages)
     is_split, shares = case.layout.ep_size > 1, real[0].counts
-    loaded = measure_layout(config_of_layout(own, case.layout), replace(ranks, shares=shares)) if is_split else even
+    loaded = even
+    if is_split:
+        loaded = measure_layout(config_of_layout(own, case.layout), replace(ranks, shares=shares), whole=has_stages)
     return Row(
         name=case.name,
         planned=even.peak,
         tensors=max(one.by_number.peak for one in real) / even.peak,
         allocated=max(one.allocated for one in real) / loaded.peak,
-        is_sent_equal=_sent(even) == _sent(real[0].by_number),
+        is_sent_equal=any(_sent(even) == _sent(one.by_number) for one in (real if has_stages else real[:1])),
     )
 
 
@@ -195,8 +203,10 @@ def main() -> None:
         cases = [case for case in cases_of(own, world_size, options.micro_batches) if options.like in case.name]
         if world_size > 1 and not options.all:
             cases = [case for number, case in enumerate(cases) if number % 4 == number // 4 % 4]
-        for start in range(0, len(cases), _AT_ONCE):
-            some = cases[start : start + _AT_ONCE]
+        # Torch names groups by how many a rank has had, and of a pipeline only the first and last stage share one.
+        at_once = 1 if any(case.layout.pp_size > 1 for case in cases) else _AT_ONCE
+        for start in range(0, len(cases), at_once):
+            some = cases[start : start + at_once]
             answers = pool.run(world_size, real_steps, options.config, options.overrides, some, timeout_s=600)
             for answer in answers:
                 if isinstance(answer, Failure):

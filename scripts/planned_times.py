@@ -30,7 +30,8 @@ from trainer.plan.fake_step import num_ids_of
 from trainer.plan.gpus import gpu_named
 from trainer.plan.layouts import PlannedLayout
 from trainer.plan.links import read_links
-from trainer.plan.measure_layout import Ranks, measure_layout
+from trainer.plan.measure_layout import measure_layout
+from trainer.plan.measured_rank import Ranks
 from trainer.plan.step_probe import ProbeOptions, random_batches
 from trainer.plan.step_time import step_time
 from trainer.prove.pool import Failure, LocalRanks

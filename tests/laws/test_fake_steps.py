@@ -65,9 +65,7 @@ def real_steps(cases: list[list[str]], router: str = BY_NUMBER) -> list[ProbedSt
     return steps
 
 
-def fake_one(
-    overrides: list[str], world_size: int, router: str = BY_NUMBER, rank: int = 0, **more: Any
-) -> ProbedStep:
+def fake_one(overrides: list[str], world_size: int, router: str = BY_NUMBER, rank: int = 0, **more: Any) -> ProbedStep:
     config = config_of(overrides, router)
     own = config.parallel
     layout = Layout(world_size=world_size, rank=rank, **asdict(own.degrees))

@@ -12,6 +12,8 @@ from trainer.plan.layouts import ENGINES, RECOMPUTES, Choices, Cluster
 from trainer.plan.links import read_links
 
 _DEFAULT_IMBALANCE: Final = 1.25
+_MOST_RANKS: Final = 16384
+"""Beyond, lists of all ranks take longer than the fake steps."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -27,6 +29,8 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--trace", type=as_path, metavar="TRACE", help="load of the experts in a trace, instead")
     sub.add_argument("--links", type=as_path, metavar="FILE", help="speeds that doctor --cluster has measured")
     sub.add_argument("--ep-size", type=_numbers, metavar="A,B", help="expert-parallel sizes to try (all)")
+    sub.add_argument("--cp-size", type=_numbers, metavar="A,B", help="ranks that share rows, to try (as rows allow)")
+    sub.add_argument("--pp-size", type=_numbers, metavar="A,B", help="pipeline stages to try (1 to 16)")
     sub.add_argument("--micro-batch", type=_numbers, metavar="A,B", help="micro-batch sizes to try (powers of two)")
     sub.add_argument("--recompute", type=names, default=RECOMPUTES, metavar="A,B", help="what to compute again (all)")
     sub.add_argument("--engine", type=names, default=ENGINES, metavar="A,B", help="native, deepspeed (both)")
@@ -58,6 +62,8 @@ def plan_command(options: argparse.Namespace) -> int:
         micro_batch_sizes=options.micro_batch,
         recomputes=options.recompute,
         engines=options.engine,
+        cp_sizes=options.cp_size,
+        pp_sizes=options.pp_size,
     )
 
     from trainer.plan.plan_config import PlanRequest, plan_config
@@ -78,6 +84,11 @@ def plan_command(options: argparse.Namespace) -> int:
 def _cluster(options: argparse.Namespace, gpu: Gpu) -> Cluster:
     """Return the ranks and their machines; a ConfigError if they do not fill these."""
     world = options.world_size
+    if world > _MOST_RANKS:
+        raise ConfigError(
+            f"--world-size: {world}, and a plan is made for at most {_MOST_RANKS} ranks; plan a part of them with as "
+            "large a part of train.global_batch_size: layouts repeat"
+        )
     if options.nodes is None:
         per_node = min(world, gpu.per_node)
         if world % per_node:

@@ -60,11 +60,11 @@ def fake_step(
     load: AssumedLoad | None,
     *,
     device: str,
-    micro_batches: tuple[int, int | None] = (1, None),
+    micro_batches: tuple[int | None, int | None] = (None, None),
 ) -> ProbedStep:
     """Take a step as the layout's rank, for a device that need not be here.
 
-    `micro_batches` are those of the step that makes the optimizer's state, and of the one that is measured; None: all.
+    `micro_batches` are those of the step before and of the one that is measured: see `ProbeOptions`.
 
     Fake tensors count as those of a CPU, on which every operation is known, whatever the device.
 

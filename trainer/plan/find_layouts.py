@@ -1,22 +1,22 @@
 """Find layouts that fit, the fastest first: order by an estimate, measure by fake steps, rank by the time model."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
+from trainer.distributed.rank_layout import Degrees
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.plan.layouts import (
-    Choices,
-    Cluster,
-    PlannedLayout,
-    estimated_seconds,
-    layouts_of,
-    least_row_bytes,
-    least_state_bytes,
-)
+from trainer.parallel.pipeline_stages import PipelineStages, pipeline_stages
+from trainer.plan.layout_estimates import estimated_seconds, kept_share, least_row_bytes, least_state_bytes
+from trainer.plan.layouts import Choices, Cluster, PlannedLayout, layouts_of
 from trainer.plan.links import Links
 from trainer.plan.step_cost import StepCost
 from trainer.plan.step_time import StepTime, step_time
+
+_LONGER: Final = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Effort:
     most: int = 14
     """Layouts to measure."""
     seconds: float = 24.0
-    """Time after which no further layout is measured, once one fits."""
+    """Time after which no further layout is measured; without one that fits somewhat more."""
 
 
 def find_layouts(
@@ -69,31 +69,45 @@ def find_layouts(
 ) -> Plan:
     """Return the layouts that were measured.
 
-    Layouts are tried by their estimated time. One that surely or probably needs more than a layout that did not fit is
-    left out, and so is a slower one of a family that has a layout that fits.
+    Layouts are tried by their estimated time, and until one fits in turns with what probably needs least memory. One
+    that surely or probably needs more than a layout that did not fit is left out, and so is a slower one of a family
+    that has a layout that fits.
     """
     start, effort, plan = time.monotonic(), effort or Effort(), Plan()
     memory = _Memory(config, cluster, num_ids)
-    for layout in _candidates(config, cluster, choices, num_ids, plan):
-        if len(plan.fitting) + len(plan.too_big) >= effort.most or len(plan.fitting) >= effort.wanted:
+    left = list(_candidates(config, cluster, choices, num_ids, plan))
+    while left and len(plan.fitting) + len(plan.too_big) < effort.most and len(plan.fitting) < effort.wanted:
+        if time.monotonic() - start > effort.seconds * (1 if plan.fitting else _LONGER):
             break
-        if plan.fitting and time.monotonic() - start > effort.seconds:
-            break
-        if any(layout.family == one.layout.family for one in plan.fitting):
-            continue
-        if any(layout.contains(one.layout) for one in plan.too_big) or memory.is_hopeless(layout):
+        is_turn_of_smallest = not plan.fitting and len(plan.too_big) % 2 == 1
+        layout = left.pop(left.index(min(left, key=memory.least)) if is_turn_of_smallest else 0)
+        if _is_excluded(layout, plan) or memory.is_hopeless(layout):
             continue
         applied = layout.applied(config)
         if applied is None:
             continue
         cost = measure(applied)
         memory.learn(layout, cost)
-        took = step_time(cost, cluster.gpu, ranks_per_node=cluster.per_node, links=links)
+        took = _time(config, layout, cost, cluster, links)
         found = MeasuredLayout(layout=layout, cost=cost, time=took, fits=cost.peak <= cluster.usable)
         (plan.fitting if found.fits else plan.too_big).append(found)
     plan.fitting.sort(key=lambda one: one.time.total)
     plan.too_big.sort(key=lambda one: one.cost.peak)
     return plan
+
+
+def _is_excluded(layout: PlannedLayout, plan: Plan) -> bool:
+    """Return whether a layout surely does not fit, or has a faster one of its family that does."""
+    if any(layout.family == one.layout.family for one in plan.fitting):
+        return True
+    return any(layout.contains(one.layout) for one in plan.too_big)
+
+
+def _time(
+    config: ExperimentConfig, layout: PlannedLayout, cost: StepCost, cluster: Cluster, links: Links | None
+) -> StepTime:
+    idle = layout.idle(layout.micro_batches(config, cluster.world_size))
+    return step_time(cost, cluster.gpu, ranks_per_node=cluster.per_node, links=links, idle=idle)
 
 
 def _candidates(
@@ -116,20 +130,23 @@ class _Memory:
 
     def __init__(self, config: ExperimentConfig, cluster: Cluster, num_ids: int) -> None:
         self.config, self.cluster, self.num_ids = config, cluster, num_ids
-        self._rows = -(-config.train.global_batch_size // cluster.world_size)
-        self._of_row: dict[tuple[str, bool], float] = {}
-        """Fewest bytes of a row of a micro-batch beyond the state that were measured, by kind of layout."""
+        self._beyond: dict[tuple[str, bool], float] = {}
+        """Least share of what rows need beyond the state in what they surely need, by kind of layout."""
+        self._stages: dict[tuple[int, str], PipelineStages | None] = {}
 
     def learn(self, layout: PlannedLayout, cost: StepCost) -> None:
         """Take in a measurement."""
-        here = max(0.0, cost.peak - max(self._state(layout), cost.resident)) / self._size(layout)
+        here = max(0.0, cost.peak - max(self._state(layout), cost.resident)) / self._rows(layout)
         kind = self._kind(layout)
-        self._of_row[kind] = min(here, self._of_row.get(kind, here))
+        self._beyond[kind] = min(here, self._beyond.get(kind, here))
 
     def is_hopeless(self, layout: PlannedLayout) -> bool:
         """Return whether a layout would need more than there is, as far as others tell."""
-        of_row = self._of_row.get(self._kind(layout)) or least_row_bytes(self.config, layout)
-        return self._state(layout) + of_row * self._size(layout) > self.cluster.usable
+        return self.least(layout) > self.cluster.usable
+
+    def least(self, layout: PlannedLayout) -> float:
+        """Return the bytes that a layout probably needs at least."""
+        return self._state(layout) + max(1.0, self._beyond.get(self._kind(layout), 1.0)) * self._rows(layout)
 
     def _kind(self, layout: PlannedLayout) -> tuple[str, bool]:
         """Return what is computed again, and whether rows arrive from other ranks."""
@@ -138,6 +155,21 @@ class _Memory:
     def _state(self, layout: PlannedLayout) -> int:
         return least_state_bytes(self.config, layout, self.cluster.world_size, self.num_ids)
 
-    def _size(self, layout: PlannedLayout) -> int:
-        num_batches = -(-self._rows // layout.micro_batch_size)
-        return -(-self._rows // num_batches)
+    def _rows(self, layout: PlannedLayout) -> float:
+        """Return the bytes that the rows of a rank surely keep at once."""
+        config, world = self.config, self.cluster.world_size
+        size = -(-layout.rows(config, world) // layout.micro_batches(config, world))
+        return least_row_bytes(config, layout) * size * self._kept_share(layout)
+
+    def _kept_share(self, layout: PlannedLayout) -> float:
+        key = layout.pp_size, layout.pp_schedule
+        if layout.pp_size == 1:
+            return 1.0
+        if key not in self._stages:
+            degrees = Degrees(pp_size=layout.pp_size, pp_schedule=layout.pp_schedule)
+            try:
+                self._stages[key] = pipeline_stages(self.config.model, self.num_ids, degrees)
+            except ConfigError:  # too few layers
+                self._stages[key] = None
+        stages = self._stages[key]
+        return math.inf if stages is None else kept_share(self.config, layout, self.cluster.world_size, stages)

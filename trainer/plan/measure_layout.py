@@ -1,29 +1,14 @@
 """Measure a layout by fake steps: memory of the busiest rank, and everything that it computes and sends."""
 
-from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
 from functools import partial
 
-from trainer.distributed.rank_layout import Layout, check_layout
+from trainer.distributed.rank_layout import check_layout
 from trainer.experiment import ExperimentConfig
-from trainer.plan.fake_step import fake_step, load_of
 from trainer.plan.layer_pattern import layer_pattern
+from trainer.plan.measured_rank import Ranks, fake_rank
 from trainer.plan.step_cost import StepCost, cost_of, with_layers, with_micro_batches
 from trainer.plan.step_probe import shape_of_batches
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """Ranks to measure for, and what is assumed about their load."""
-
-    world_size: int
-    per_node: int
-    device: str
-    imbalance: float = 1.0
-    """Rows of the busiest rank, times the mean."""
-    shares: Sequence[float] = ()
-    """(E,) recorded shares of the experts; empty: skewed by the imbalance."""
 
 
 def measure_layout(
@@ -34,8 +19,11 @@ def measure_layout(
     Of a deep model and of many micro-batches, two sizes of each are measured, at the same time if there is a pool, and
     the rest is extrapolated, unless it is to be measured as a whole.
     """
-    own = config.parallel
-    check_layout(own.degrees, world_size=ranks.world_size)
+    check_layout(config.parallel.degrees, world_size=ranks.world_size)
+    if config.parallel.pp_size > 1:
+        from trainer.plan.measure_stages import measure_stages
+
+        return measure_stages(config, ranks, whole=whole, pool=pool)
     pattern = None if whole else layer_pattern(config)
     if pattern is None:
         return _measured(config, ranks, whole=whole)
@@ -45,18 +33,11 @@ def measure_layout(
 
 
 def _measured(config: ExperimentConfig, ranks: Ranks, *, whole: bool) -> StepCost:
-    own, num_batches = config.parallel, shape_of_batches(config, ranks.world_size)[0]
-    load = load_of(config, own.ep_size, ranks.imbalance, ranks.shares)
-    layout = Layout(
-        world_size=ranks.world_size,
-        rank=0 if load is None else load.busiest_rank(own.ep_size),
-        ranks_per_node=ranks.per_node,
-        **asdict(own.degrees),
-    )
+    num_batches = shape_of_batches(config, ranks.world_size)[0]
     # Steps of one are different: they need no counting pass, and no gradients are accumulated. Pairs are units.
-    unit = 2 if own.overlaps else 1
+    unit = 2 if config.parallel.overlaps else 1
     taken = num_batches if whole or num_batches <= 3 * unit else 3 * unit - num_batches % unit
-    step = fake_step(config, layout, load, device=ranks.device, micro_batches=(max(1, taken - unit), taken))
+    step = fake_rank(config, ranks, micro_batches=(max(1, taken - unit), taken))
     return cost_of(step) if taken == num_batches else with_micro_batches(step, taken, num_batches, unit=unit)
 
 

@@ -17,7 +17,8 @@ from trainer.plan.fake_step import num_ids_of
 from trainer.plan.find_layouts import Effort, Plan, find_layouts
 from trainer.plan.layouts import Choices, Cluster, PlannedLayout
 from trainer.plan.links import Links
-from trainer.plan.measure_layout import Ranks, measure_layout
+from trainer.plan.measure_layout import measure_layout
+from trainer.plan.measured_rank import Ranks
 from trainer.plan.plan_table import no_layout, plan_lines, plan_record
 from trainer.plan.step_cost import StepCost
 from trainer.terminal import print_safe

@@ -8,11 +8,11 @@ from trainer.console import formatting
 from trainer.experiment import ExperimentConfig
 from trainer.plan.dry_run import window_name
 from trainer.plan.find_layouts import MeasuredLayout, Plan
-from trainer.plan.layouts import Cluster
+from trainer.plan.layouts import Cluster, PlannedLayout
 
 _HEAD = (
-    f"{'':>3} {'ep':>3} {'weights and moments':<22} {'recompute':<21} {'rows':>4} {'peak':>8} {'sent':>8} {'step':>7} "
-    f"{'tokens/s':>9} {'of peak':>7}  where the time goes"
+    f"{'':>3} {'ep':>3} {'':<12} {'weights and moments':<22} {'recompute':<21} {'rows':>4} {'peak':>8} "
+    f"{'sent':>8} {'step':>7} {'tokens/s':>9} {'of peak':>7}  where the time goes"
 )
 
 
@@ -31,7 +31,9 @@ def plan_lines(config: ExperimentConfig, cluster: Cluster, plan: Plan, *, assume
     for one in plan.too_big:
         yield _row(config, cluster, one, "no")
     if plan.too_big:
-        yield "no: does not fit; most memory is needed in " + window_name(plan.too_big[0].cost.worst)
+        smallest = plan.too_big[0].cost
+        of = f", on {smallest.rank}" if smallest.rank else ""
+        yield f"no: does not fit; most memory is needed in {window_name(smallest.worst)}{of}"
     if plan.num_without_room:
         yield f"{plan.num_without_room} others have no room for weights, gradients and moments alone"
     yield from _reasons(plan)
@@ -43,7 +45,7 @@ def _row(config: ExperimentConfig, cluster: Cluster, one: MeasuredLayout, place:
     speed = cluster.gpu.flops[config.train.dtype]
     hops = ", 2 hops" if layout.hierarchical else ""
     return (
-        f"{place:>3} {layout.ep_size:>3} {layout.sharding + hops:<22} {layout.recompute:<21} "
+        f"{place:>3} {layout.ep_size:>3} {layout.groups:<12} {layout.sharding + hops:<22} {layout.recompute:<21} "
         f"{layout.micro_batch_size:>4} {formatting.size(cost.peak):>8} {formatting.size(cost.total('bytes')):>8} "
         f"{_seconds(time.total):>7} {formatting.rate(tokens):>9} "
         f"{formatting.percent(cost.total('flops') / time.total / speed):>7}  {_parts(one)}"
@@ -56,6 +58,7 @@ def _parts(one: MeasuredLayout) -> str:
         "computing": time.computation,
         "rows to experts": time.exchanged,
         "weights and gradients": time.weights - time.hidden,
+        "stages": time.stages,
     }
     return ", ".join(f"{name} {share:.0%}" for name, part in parts.items() if (share := part / time.total) >= 0.005)
 
@@ -70,6 +73,7 @@ def _reasons(plan: Plan) -> Iterator[str]:
         "waits for rows": second.time.exchanged - first.time.exchanged,
         "waits for weights and gradients": (second.time.weights - second.time.hidden)
         - (first.time.weights - first.time.hidden),
+        "waits for stages": second.time.stages - first.time.stages,
     }
     what = max(less, key=lambda name: less[name])
     gained = second.time.total - first.time.total
@@ -91,17 +95,24 @@ def no_layout(config: ExperimentConfig, cluster: Cluster, plan: Plan) -> str:
         assert layout is not None, "some are possible"
         return (
             f"{where}: weights, gradients and moments alone need {formatting.size(least)} at ep_size {layout.ep_size}, "
-            f"{layout.sharding}, which is {formatting.size(least - cluster.usable)} too much; use at least "
+            f"{_named(layout)}, which is {formatting.size(least - cluster.usable)} too much; use at least "
             f"{-(-least // cluster.usable)} times as many ranks, or GPUs with more memory"
         )
     nearest = plan.too_big[0]
     layout = nearest.layout
     return (
         f"{where}: the smallest layout that was tried needs {formatting.size(nearest.cost.peak)}, "
-        f"{formatting.size(nearest.cost.peak - cluster.usable)} too much (ep_size {layout.ep_size}, {layout.sharding}, "
+        f"{formatting.size(nearest.cost.peak - cluster.usable)} too much (ep_size {layout.ep_size}, {_named(layout)}, "
         f"recompute {layout.recompute}, micro_batch_size {layout.micro_batch_size}; most in "
         f"{window_name(nearest.cost.worst)}); use more ranks, GPUs with more memory, or a shorter model.seq_len"
     )
+
+
+def _named(layout: PlannedLayout) -> str:
+    """Return how weights and moments are shared, and the groups beside."""
+    stages = [f"pp_size {layout.pp_size} by {layout.pp_schedule}"] if layout.pp_size > 1 else []
+    rows = [f"cp_size {layout.cp_size} by {layout.cp}"] if layout.cp_size > 1 else []
+    return ", ".join([*stages, *rows, layout.sharding])
 
 
 def plan_record(config: ExperimentConfig, cluster: Cluster, plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What stages of a pipeline send each other stays alive as long as on real ranks, where the handle of a message has it."""
+"""Messages between stages of a pipeline: their tensors are alive as long as on real ranks, whose handles have them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

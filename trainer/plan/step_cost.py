@@ -33,6 +33,8 @@ class StepCost:
     resident: int
     peaks: Mapping[Window, int]
     totals: Mapping[Quantity, float]
+    rank: str = ""
+    """Which rank of a pipeline has the memory, in words."""
 
     @property
     def peak(self) -> int:
@@ -92,7 +94,7 @@ def with_layers(fewer: StepCost, more: StepCost, pattern: LayerPattern, wanted: 
         weights=round(line(fewer.weights, more.weights)),
         resident=round(line(fewer.resident, more.resident)),
         peaks=peaks,
-        totals=_line(fewer.totals, more.totals, step),
+        totals=extrapolated(fewer.totals, more.totals, step),
     )
 
 
@@ -106,10 +108,11 @@ def with_micro_batches(step: ProbedStep, taken: int, wanted: int, *, unit: int =
         cost,
         resident=cost.resident + rows,
         peaks={window: peak + rows for window, peak in cost.peaks.items()},
-        totals=_line(totals_of(step.first), cost.totals, (wanted - taken) / unit + 1),
+        totals=extrapolated(totals_of(step.first), cost.totals, (wanted - taken) / unit + 1),
     )
 
 
-def _line(low: Mapping[Quantity, float], high: Mapping[Quantity, float], step: float) -> dict[Quantity, float]:
+def extrapolated(low: Mapping[Quantity, float], high: Mapping[Quantity, float], step: float) -> dict[Quantity, float]:
+    """Return what two measurements are on the way to, `step` times their distance from the first."""
     keys = [*low, *(key for key in high if key not in low)]
     return {key: low.get(key, 0) + (high.get(key, 0) - low.get(key, 0)) * step for key in keys}

@@ -16,6 +16,7 @@ from trainer.data.batches.batch import Batch
 from trainer.data.batches.row_parts import own_part
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh
+from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.parallelize import parallelize
 from trainer.plan.step_operations import StepOperations
@@ -33,8 +34,8 @@ class ProbeOptions:
     """Ids of the tokenizer."""
     num_micro_batches: int | None = None
     """Micro-batches of the step; None: as many as the config's."""
-    first_micro_batches: int = 1
-    """Micro-batches of the step before it."""
+    first_micro_batches: int | None = None
+    """Micro-batches of the step before it; None: one, or as many if they pass through a pipeline, which has buffers."""
     seed: int | None = None
     """Seed of the weights and tokens; None: they have no values."""
     limit: int | None = None
@@ -53,6 +54,8 @@ class ProbedStep:
     """Bytes of the rows of a micro-batch."""
     peaks: dict[Window, int]
     """Most bytes alive in each window of the step."""
+    forward_starts: Sequence[int]
+    """Bytes that are alive as each forward pass of a micro-batch through a stage starts."""
     operations: StepOperations
     """Operations and collectives."""
     first: StepOperations
@@ -69,11 +72,16 @@ class WindowRecorder(FlightRecorder):
 
     counts: TensorBytes | None = None
 
+    forward_starts: list[int]
+    """Bytes that were alive as each forward pass of a micro-batch began, while there is a count."""
+
     def enter(self, phase: str) -> None:
         """Begin a phase."""
         super().enter(phase)
         if self.counts is not None:
             self.counts.enter(phase)
+            if phase == "forward":
+                self.forward_starts.append(self.counts.live)
 
 
 def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, options: ProbeOptions) -> ProbedStep:
@@ -105,20 +113,23 @@ def probe_step(config: ExperimentConfig, mesh: Mesh, device: torch.device, optio
         before = counts.live
         batches = random_batches(config, mesh, options)
         batch = (counts.live - before) // len(batches)
-        # A pipeline keeps buffers for the micro-batches of the step before, if there were as many.
-        num_first = options.first_micro_batches if mesh.pp.size == 1 else len(batches)
+        num_first = options.first_micro_batches or (1 if mesh.pp.size == 1 else len(batches))
         with first:
             engine.train_step(batches[:num_first], lr=_LR)
+        if mesh.pp.size > 1 and num_first != len(batches):
+            assert isinstance(engine, StepEngine)
+            engine.passes = engine._passes(model)  # its buffers are for another number of them
         gc.collect()  # cycles of the first step would be freed at some moment of the second
         resident = counts.live
         counts.peaks.clear()
-        with _following(counts, mesh, model.blocks), operations:
+        with _following(counts, mesh, model.blocks) as forward_starts, operations:
             engine.train_step(batches, lr=_LR)
     return ProbedStep(
         weights=weights,
         resident=resident,
         batch=batch,
         peaks=dict(counts.peaks),
+        forward_starts=forward_starts,
         operations=operations,
         first=first,
     )
@@ -147,15 +158,15 @@ def random_batches(config: ExperimentConfig, mesh: Mesh, options: ProbeOptions) 
 
 
 @contextmanager
-def _following(counts: TensorBytes, mesh: Mesh, blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[None]:
-    """Give the phases and blocks of a step windows of their own."""
+def _following(counts: TensorBytes, mesh: Mesh, blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[list[int]]:
+    """Give the phases and blocks of a step windows of their own; yield the bytes as each forward pass begins."""
     recorder, handles = mesh.world.recorder, []
     assert isinstance(recorder, WindowRecorder), "the mesh was made for it"
     for number, block in enumerate(blocks):
         handles += _watch_block(counts, number, block)
-    recorder.counts = counts
+    recorder.counts, recorder.forward_starts = counts, []
     try:
-        yield
+        yield recorder.forward_starts
     finally:
         recorder.counts = None
         for handle in handles:

@@ -4,6 +4,7 @@ computation   the larger of: operations one after the other, products and others
               sum on a CPU
 exchanged     all-to-alls and all-gathers of rows: waited for
 weights       gathers and reductions of weights and gradients: partly hidden behind computation
+stages        sends between stages of a pipeline, and the time in which its ranks wait for it to fill and empty
 """
 
 from collections.abc import Mapping
@@ -26,17 +27,23 @@ class StepTime:
     weights: float
     hidden: float
     """Part of `weights` that passes during the computation."""
+    stages: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        return self.computation + self.exchanged + self.weights - self.hidden
+        return self.computation + self.exchanged + self.weights - self.hidden + self.stages
 
 
-def step_time(cost: StepCost, gpu: Gpu, *, ranks_per_node: int, links: Links | None = None) -> StepTime:
-    """Return the modelled time of a step whose ranks are numbered node by node."""
+def step_time(
+    cost: StepCost, gpu: Gpu, *, ranks_per_node: int, links: Links | None = None, idle: float = 0.0
+) -> StepTime:
+    """Return the modelled time of a step whose ranks are numbered node by node.
+
+    `idle` is the time that a pipeline's ranks wait for it to fill and empty, by that in which they work.
+    """
     computation = _computation(cost.totals, gpu)
-    exchanged = weights = 0.0
+    exchanged = weights = stages = 0.0
     for key, calls in cost.totals.items():
         if key.unit != "calls" or key.ranks is None or calls <= 0:
             continue
@@ -48,10 +55,13 @@ def step_time(cost: StepCost, gpu: Gpu, *, ranks_per_node: int, links: Links | N
             seconds = _modelled(key, calls, sent, messages, gpu, ranks_per_node)
         if key.of in _OF_WEIGHTS:
             weights += seconds
+        elif key.of == "send":
+            stages += seconds
         else:
             exchanged += seconds
     hidden = min(weights, computation) * gpu.reached.overlap
-    return StepTime(computation=computation, exchanged=exchanged, weights=weights, hidden=hidden)
+    stages += (computation + exchanged) * idle
+    return StepTime(computation=computation, exchanged=exchanged, weights=weights, hidden=hidden, stages=stages)
 
 
 def _computation(totals: Mapping[Quantity, float], gpu: Gpu) -> float:

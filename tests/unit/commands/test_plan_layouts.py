@@ -96,6 +96,7 @@ def test_the_load_of_a_trace_is_that_of_the_busiest_rank(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--world-size 1048576 --gpu H100", "a plan is made for at most 16384 ranks"),
         ("--world-size 12 --gpu H100", "12 ranks do not fill machines of 8; use 8 or 16, or say by --nodes"),
         ("--world-size 12 --gpu H100 --nodes 5", "5 does not divide --world-size 12; use one of 1, 2, 3, 4, 6, 12"),
         ("--world-size 2 --gpu H100 --recompute all", "--recompute: 'all' is not known; use none, norms_and_acti"),

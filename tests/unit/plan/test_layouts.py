@@ -6,7 +6,8 @@ from trainer.config.loader import load
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.plan.gpus import GPUS, gpu_named
-from trainer.plan.layouts import Choices, Cluster, PlannedLayout, estimated_seconds, layouts_of, least_state_bytes
+from trainer.plan.layout_estimates import estimated_seconds, least_state_bytes
+from trainer.plan.layouts import Choices, Cluster, PlannedLayout, layouts_of
 
 CONFIG = load("configs/quickstart.yaml", ["train.global_batch_size=64"], ExperimentConfig)
 
@@ -43,6 +44,28 @@ def test_hops_over_nodes_are_tried_where_experts_span_them() -> None:
     found = list(layouts_of(CONFIG, cluster(16, per_node=2), Choices(ep_sizes=[2, 4])))
     assert {layout.hierarchical for layout in found if layout.ep_size == 2} == {False}
     assert {layout.hierarchical for layout in found if layout.ep_size == 4} == {False, True}
+
+
+def test_stages_and_shared_rows_are_tried_where_layers_and_rows_allow_them() -> None:
+    found = list(layouts_of(CONFIG, cluster(16), Choices(engines=["native"])))
+    assert {(one.pp_size, one.pp_schedule) for one in found if one.pp_size > 1} == {
+        *((2, "1f1b"), (2, "interleaved_1f1b"), (4, "1f1b")),
+    }
+    assert all(one.micro_batches(CONFIG, 16) >= one.pp_size for one in found)
+    assert {one.ep_size for one in found if one.pp_size == 4} == {1, 2, 4}, "experts are within a stage"
+    assert {one.cp_size for one in found} == {1}, "rows of 128 tokens"
+    long = load("configs/quickstart.yaml", ["model.seq_len=8192", "train.global_batch_size=64"], ExperimentConfig)
+    shared = {(one.cp, one.cp_size, one.micro_batch_size) for one in layouts_of(long, cluster(16), Choices())}
+    assert {one for one in shared if one[1] > 1} == {("ulysses", 2, 1), ("ulysses", 4, 1), ("ring", 8, 1)}
+    for one in [*layouts_of(long, cluster(16), Choices())][::5] + found[::5]:
+        assert one.applied(long if one.cp_size > 1 else CONFIG) is not None, one
+
+
+def test_a_pipeline_is_idle_while_it_fills_and_half_as_long_with_two_stages_on_a_rank() -> None:
+    one, two = (PlannedLayout(pp_size=4, pp_schedule=name) for name in ("1f1b", "interleaved_1f1b"))
+    assert (one.idle(12), two.idle(12), PlannedLayout().idle(12)) == (0.25, 0.125, 0.0)
+    states = [least_state_bytes(CONFIG, PlannedLayout(pp_size=size), 16, 256) for size in (1, 4)]
+    assert states[0] == pytest.approx(4 * states[1], rel=1e-3)
 
 
 def test_more_sharing_needs_less_and_more_rows_surely_need_more() -> None:

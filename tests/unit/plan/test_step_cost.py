@@ -5,8 +5,10 @@ import pytest
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.plan.layer_pattern import LayerPattern, layer_pattern
-from trainer.plan.layouts import RECOMPUTES, PlannedLayout, least_row_bytes
-from trainer.plan.measure_layout import Ranks, measure_layout
+from trainer.plan.layout_estimates import least_row_bytes
+from trainer.plan.layouts import RECOMPUTES, PlannedLayout
+from trainer.plan.measure_layout import measure_layout
+from trainer.plan.measured_rank import Ranks
 from trainer.plan.step_cost import with_layers
 
 SHAPE = [
