@@ -16,7 +16,10 @@ from trainer.plan.links import Links
 from trainer.plan.step_cost import StepCost
 from trainer.plan.step_time import StepTime, step_time
 
-_LONGER: Final = 1.1
+_LONGER: Final = 3.0
+"""How much longer is searched as long as nothing fits: that nothing does must not follow from a busy machine."""
+_OF_WHOLE: Final = 0.6
+"""Share of the time, or of what is measured if none fits, for layouts whose ranks have whole rows and all layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,7 @@ class Effort:
     most: int = 14
     """Layouts to measure."""
     seconds: float = 24.0
-    """Time after which no further layout is measured; without one that fits somewhat more."""
+    """Time after which no further layout is measured; three times as long without one that fits."""
 
 
 def find_layouts(
@@ -69,20 +72,29 @@ def find_layouts(
 ) -> Plan:
     """Return the layouts that were measured.
 
-    Layouts are tried by their estimated time, and until one fits in turns with what probably needs least memory. One
-    that surely or probably needs more than a layout that did not fit is left out, and so is a slower one of a family
-    that has a layout that fits.
+    Layouts are tried by their estimated time: first those whose ranks have whole rows and all layers, then those with
+    pipelines and shared rows; of these, until one fits, every second is what probably needs least memory. One that
+    surely or probably needs more than a layout that did not fit is left out, and so is a slower one of a family that
+    has a layout that fits.
     """
     start, effort, plan = time.monotonic(), effort or Effort(), Plan()
     memory = _Memory(config, cluster, num_ids)
     left = list(_candidates(config, cluster, choices, num_ids, plan))
+    has_groups = any(layout.groups for layout in left)
     while left and len(plan.fitting) + len(plan.too_big) < effort.most and len(plan.fitting) < effort.wanted:
-        if time.monotonic() - start > effort.seconds * (1 if plan.fitting else _LONGER):
+        passed = time.monotonic() - start
+        if passed > effort.seconds * (1 if plan.fitting else _LONGER):
             break
-        is_turn_of_smallest = not plan.fitting and len(plan.too_big) % 2 == 1
-        layout = left.pop(left.index(min(left, key=memory.least)) if is_turn_of_smallest else 0)
+        layout = left[0]
+        if layout.groups and not plan.fitting and len(plan.too_big) % 2 == 1:
+            layout = min(left, key=memory.least)
+        left.remove(layout)
+        is_enough = passed > effort.seconds * _OF_WHOLE or len(plan.fitting) >= effort.wanted - 2
+        is_enough = is_enough if plan.fitting else len(plan.too_big) >= _OF_WHOLE * effort.most
         if _is_excluded(layout, plan) or memory.is_hopeless(layout):
             continue
+        if has_groups and not layout.groups and is_enough:
+            continue  # leave some time and places to layouts of other kinds
         applied = layout.applied(config)
         if applied is None:
             continue
@@ -122,7 +134,7 @@ def _candidates(
         plan.least_state = states[plan.smallest_state]
     roomy = [layout for layout in possible if states[layout] <= cluster.usable]
     plan.num_without_room = len(possible) - len(roomy)
-    return sorted(roomy, key=lambda layout: estimated_seconds(config, layout, cluster, num_ids))
+    return sorted(roomy, key=lambda layout: (bool(layout.groups), estimated_seconds(config, layout, cluster, num_ids)))
 
 
 class _Memory:
