@@ -39,6 +39,7 @@ from tests.planted import (
     heads,
     imports,
     latents,
+    libraries,
     measures,
     model,
     noise,
@@ -88,6 +89,7 @@ _TOPICS = (
     pipelines,
     overlaps,
     heads,
+    libraries,
     diagnoses,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]

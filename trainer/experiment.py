@@ -25,6 +25,7 @@ from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOpti
 from trainer.ops.lora_kernels import LORA_KERNELS
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
+from trainer.parallel.library_rules import library_problems
 from trainer.parallel.pipeline_stages import pipeline_stages
 from trainer.parallel.sharing_rules import sharing_problems
 from trainer.routing_record.replay_rules import record_problem, replay_problems
@@ -103,6 +104,7 @@ class ExperimentConfig(Config):
             yield Problem("profile", f"{given}; lower profile.start or profile.steps")
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
+        yield from library_problems(self.model, self.parallel, self.train.dtype)
         yield from self._shard_problems()
         yield from sharing_problems(self.model, self.parallel, engine=self.engine.kind)
         yield from self._pipeline_problems()

@@ -1,8 +1,8 @@
 """A group of ranks, and what is recorded and said of its collectives."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ class WatchedGroup:
         assert (handle is None) == (len(ranks) == 1)
         self.name, self.ranks, self.index = name, tuple(ranks), ranks.index(me)
         self._handle, self.recorder, self.watch = handle, recorder, watch
+        self.buffers: dict[Hashable, Any] = {}
+        """Memory that libraries have for this group, which all layers share."""
 
     @classmethod
     def of_one(cls, recorder: FlightRecorder | None = None) -> Self:

@@ -11,6 +11,7 @@ from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
 from trainer.doctor.finding import DoctorFinding, examine
 from trainer.doctor.host_facts import HostFacts
 from trainer.doctor.recorded.run_checks import RUN_CHECKS
+from trainer.doctor.static import size_checks
 from trainer.doctor.static.config_on_host import ConfigOnHost
 from trainer.doctor.static.registry import STATIC_CHECKS
 from trainer.doctor.step.step_checks import STEP_CHECKS
@@ -189,3 +190,10 @@ def test_the_documentation_has_every_check() -> None:
     text = (ROOT / "docs/doctor.md").read_text()
     for check in (*STATIC_CHECKS, *STEP_CHECKS, *TEXT_CHECKS, *RUN_CHECKS, *CLUSTER_CHECKS):
         assert f"| `{check.name}` | {check.severity} | {check.why} | {check.source} |" in text
+
+
+def test_a_library_for_rows_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (fault,) = FAULTS["experts_across_nodes"]
+    assert "deepep" not in found(**fault)["experts_across_nodes"].remedy
+    monkeypatch.setattr(size_checks, "is_installed", lambda package: package == "deep_ep")
+    assert found(**fault)["experts_across_nodes"].remedy.endswith("or deepep, which is installed")

@@ -8,6 +8,7 @@ from trainer.doctor.finding import Sign
 from trainer.doctor.static.config_on_host import ConfigCheck, ConfigOnHost
 from trainer.errors import ConfigError
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
+from trainer.packages import is_installed
 from trainer.parallel.expert_placement import named_placement
 
 _TILE = 128
@@ -113,11 +114,12 @@ def _crosses_nodes(subject: ConfigOnHost) -> Iterator[Sign]:
     parallel, host = subject.config.parallel, subject.host
     is_plain = isinstance(parallel.dispatcher, AllToAllDispatcherConfig)
     if subject.on_gpu and host.num_nodes > 1 and parallel.ep_size > host.ranks_here and is_plain:
+        library = ", or deepep, which is installed" if is_installed("deep_ep") else ""
         yield Sign(
             f"parallel.ep_size: {parallel.ep_size} ranks on machines of {host.ranks_here}: every copy of a token "
             "crosses the slow network by itself",
             f"use ep_size {host.ranks_here}, with data: shard for the memory; or dispatcher.kind: hierarchical or "
-            "deduplicated_all_to_all",
+            f"deduplicated_all_to_all{library}",
         )
 
 
