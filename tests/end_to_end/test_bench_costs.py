@@ -143,7 +143,7 @@ def test_step_compares_whole_models(workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_scaling_compares_ranks_with_threads_and_deepspeed(workplace: Path) -> None:
-    (case,) = measured(workplace, "scaling tiny.yaml --rounds 1")
+    (case,) = measured(workplace, "scaling tiny.yaml parallel.micro_batch_size=1 --rounds 1")
     entries = by_name(case)
     assert list(entries) == [
         "turnout, one process of 2 threads",
