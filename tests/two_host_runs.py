@@ -27,6 +27,7 @@ LAYOUTS = {
     "shard": Hosts(("parallel.data=shard",)),
     "cp_ulysses": Hosts(("parallel.cp_size=2",)),
     "cp_ring": Hosts(("parallel.cp_size=2", "parallel.cp=ring")),
+    "tp": Hosts(("parallel.tp_size=2",)),
     "pp": Hosts(("parallel.pp_size=2",)),
     # Two of each host: stages are far apart, the ranks of a stage near; then experts over all, in shards of a host.
     "pp_of_ep": Hosts(("parallel.pp_size=2", "parallel.ep_size=2", "parallel.micro_batch_size=2"), nproc=2),
