@@ -10,7 +10,7 @@ from trainer.plan.measured_rank import Ranks
 
 SHAPE = [
     *("model.d_model=16", "model.num_heads=2", "model.seq_len=8", "model.moe.d_ff=16", "parallel.micro_batch_size=1"),
-    *("train.global_batch_size=6", "model.moe.balance.counts=previous_step", "parallel.recompute=block"),
+    *("train.global_batch_size=4", "model.moe.balance.counts=previous_step", "parallel.recompute=block"),
 ]
 
 
@@ -18,7 +18,7 @@ SHAPE = [
     ("pp_size", "overrides"),
     [
         (4, ["model.num_layers=8"]),
-        (2, ["model.num_layers=12", "parallel.pp_schedule=interleaved_1f1b", "parallel.data=shard"]),
+        (2, ["model.num_layers=8", "parallel.pp_schedule=interleaved_1f1b", "parallel.data=shard"]),
     ],
 )
 def test_a_pipeline_needs_what_a_shorter_one_tells(pp_size: int, overrides: list[str]) -> None:
