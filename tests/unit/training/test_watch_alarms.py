@@ -150,8 +150,11 @@ def test_a_rank_that_works_longer_than_the_others_is_named_and_ranks_that_all_do
 ) -> None:
     # A step takes some milliseconds but for the faults, which are so long that a busy machine does not matter.
     keys = ["train.steps=6", "checkpoint.every=null", "metrics.log_every=2"]
-    keys.append("metrics.alarms={patience: 4, slow_rank: 1.5}")
-    one, both = (config_at(place, name, *keys) for name in ("one_slow", "both_slow"))
+    patience = {"one_slow": 2, "both_slow": 4}  # where nothing is to ring, a busy moment of the machine must not either
+    one, both = (
+        config_at(place, name, *keys, f"metrics.alarms={{patience: {steps}, slow_rank: 1.5}}")
+        for name, steps in patience.items()
+    )
     ranks.run(2, _train_slowed, one, "phase.data#2:1=slow")
     ranks.run(2, _train_slowed, both, "phase.data#2=slow")
     [line] = [line for line in alarms_of(one) if line["alarm"] == "slow_rank"]
