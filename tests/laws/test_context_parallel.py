@@ -1,8 +1,6 @@
 """Law: ranks that share rows learn what one process learns: losses, every gradient, norms, weights, routers' biases."""
 
-import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,15 @@ from torch import Tensor
 
 from tests.builders import latent_attention, make_packed_batch
 from tests.ranks import mesh_here
+from tests.small_proofs import TIMEOUT_S, assert_learns_the_same, collect_of, small_config, write_documents
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.row_parts import own_part
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.shared_rows import SharedRows
 from trainer.prove.cases import Case, reference
 from trainer.prove.compare import compare
-from trainer.prove.evidence import Evidence
 from trainer.prove.pool import LocalRanks
 from trainer.prove.rounding import FLOORS
-from trainer.prove.run_case import run_case
-
-STEPS, TOLERANCE, TIMEOUT_S, ROWS, SEQ_LEN = 3, 1e-9, 120.0, 3, 16
 
 _NOISY = {"kind": "bias_balanced", "jitter": 0.2, "bias_update_rate": 0.05}
 MODELS: dict[str, dict[str, Any]] = {
@@ -101,48 +96,16 @@ CASES = [(model, layout) for model in MODELS for layout in FOR.get(model, ["4 ra
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    sentence = "Rain. "  # several documents in a row
-    rows = [{"text": f"{n}: {sentence * (n % 3)}", "gain": (0, 0.3, 1, 2.25)[n % 4]} for n in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_documents(tmp_path_factory.mktemp("rows"))
 
 
 def config_of(model: str, folder: Path) -> ExperimentConfig:
-    own = MODELS[model]
-    moe = None if own["moe"] is None else {"num_experts": 6, "d_ff": 12, "balance": {"coef": 0.1}, **own["moe"]}
-    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 4, "d_ff": 24, "seq_len": SEQ_LEN, "init_std": 0.3}
-    source = {"kind": "jsonl", "path": str(folder / "text.jsonl"), "weight_key": "gain"}
-    return ExperimentConfig.model_validate(
-        {
-            "name": "rows",
-            "model": {**sizes, **own, "moe": moe},
-            "data": {"sources": [source], "cache_dir": str(folder / "cache"), "packing": "bfd"},
-            "schedule": {"kind": "warmup_cosine", "warmup_steps": 1},
-            "train": {"steps": 10, "global_batch_size": ROWS, "dtype": "float64", "grad_clip": 0.1},
-        }
-    )
-
-
-@cache
-def alone(model: str, folder: Path) -> Evidence:
-    """Train in one process, once for all layouts of a model."""
-    config = config_of(model, folder)
-    return collect_of(config, reference(config), None)
-
-
-def collect_of(config: ExperimentConfig, case: Case, ranks: LocalRanks | None) -> Evidence:
-    return run_case(config, case, ranks, steps=STEPS, timeout_s=TIMEOUT_S)  # type: ignore[arg-type]
+    return small_config(MODELS[model], folder, d_ff=24)
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_ranks_that_share_rows_learn_the_same(model: str, layout: str, folder: Path, local_ranks: LocalRanks) -> None:
-    fields: dict[str, Any] = {"micro_batch_size": ROWS, **LAYOUTS[layout]}
-    case = Case(**fields)
-    together = collect_of(config_of(model, folder), case, local_ranks)
-    found = compare(together, alone(model, folder), tolerance=TOLERANCE, floor=FLOORS["float64"])
-    assert found.is_equal, f"{found.first_different}: {found.cause}"
-    assert found.flips == 0
+    assert_learns_the_same(config_of(model, folder), LAYOUTS[layout], local_ranks)
 
 
 def test_deepspeed_shares_rows_too(folder: Path, local_ranks: LocalRanks) -> None:
@@ -152,7 +115,7 @@ def test_deepspeed_shares_rows_too(folder: Path, local_ranks: LocalRanks) -> Non
         config.model_dump() | {"train": config.train.model_dump() | {"dtype": "float32"}}
     )
     case = Case(**LAYOUTS["ZeRO"])
-    whole = collect_of(config, reference(config), None)
+    whole = collect_of(config, reference(config), local_ranks)
     found = compare(collect_of(config, case, local_ranks), whole, tolerance=1e-3, floor=FLOORS["float32"])
     assert found.is_equal, f"{found.first_different}: {found.cause}"
 

@@ -1,22 +1,13 @@
 """Law: ranks that share heads and rows learn what one process learns: losses, gradients, norms, weights, biases."""
 
-import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.builders import latent_attention
-from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import Case, reference
-from trainer.prove.compare import compare
-from trainer.prove.evidence import Evidence
+from tests.small_proofs import assert_learns_the_same, small_config, write_documents
 from trainer.prove.pool import LocalRanks
-from trainer.prove.rounding import FLOORS
-from trainer.prove.run_case import run_case
-
-STEPS, TOLERANCE, TIMEOUT_S, ROWS, SEQ_LEN = 3, 1e-9, 120.0, 3, 16
 
 _NOISY = {"kind": "bias_balanced", "jitter": 0.2, "bias_update_rate": 0.05}
 _BIASED = {"qkv_bias": True, "out_bias": True}
@@ -93,45 +84,11 @@ FOR: dict[str, list[str]] = {
 CASES = [(model, layout) for model in MODELS for layout in FOR[model]]
 
 
-def config_of(model: str, folder: Path) -> ExperimentConfig:
-    own = MODELS[model]
-    moe = None if own["moe"] is None else {"num_experts": 6, "d_ff": 12, "balance": {"coef": 0.1}, **own["moe"]}
-    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 4, "d_ff": 22, "seq_len": SEQ_LEN, "init_std": 0.3}
-    source = {"kind": "jsonl", "path": str(folder / "text.jsonl")}
-    return ExperimentConfig.model_validate(
-        {
-            "name": "heads",
-            "model": {**sizes, **own, "moe": moe},
-            "data": {"sources": [source], "cache_dir": str(folder / "cache"), "packing": "bfd"},
-            "schedule": {"kind": "warmup_cosine", "warmup_steps": 1},
-            "train": {"steps": 10, "global_batch_size": ROWS, "dtype": "float64", "grad_clip": 0.1},
-        }
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("heads")
-    rows = [{"text": f"{n}: {'Rain. ' * (n % 3)}"} for n in range(60)]  # several documents in a row
-    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@cache
-def alone(model: str, folder: Path) -> Evidence:
-    """Train in one process, once for all layouts of a model."""
-    config = config_of(model, folder)
-    return collect_of(config, reference(config), None)
-
-
-def collect_of(config: ExperimentConfig, case: Case, ranks: LocalRanks | None) -> Evidence:
-    return run_case(config, case, ranks, steps=STEPS, timeout_s=TIMEOUT_S)  # type: ignore[arg-type]
+    return write_documents(tmp_path_factory.mktemp("heads"))
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_ranks_that_share_heads_learn_the_same(model: str, layout: str, folder: Path, local_ranks: LocalRanks) -> None:
-    fields: dict[str, Any] = {"micro_batch_size": ROWS, **LAYOUTS[layout]}
-    together = collect_of(config_of(model, folder), Case(**fields), local_ranks)
-    found = compare(together, alone(model, folder), tolerance=TOLERANCE, floor=FLOORS["float64"])
-    assert found.is_equal, f"{found.first_different}: {found.cause}"
-    assert found.flips == 0
+    assert_learns_the_same(small_config(MODELS[model], folder, d_ff=22), LAYOUTS[layout], local_ranks)
