@@ -6,6 +6,7 @@
 from typing import Final
 
 from trainer.distributed.rank_layout import ScheduleName
+from trainer.parallel.pipeline_stages import PipelineStages
 
 PLANNED: Final[tuple[ScheduleName, ...]] = ("1f1b", "interleaved_1f1b", "gpipe")
 """Schedules whose order is known here."""
@@ -26,3 +27,9 @@ def kept_passes(schedule: ScheduleName, pp_size: int, rank: int, number: int) ->
     passes = min(2 * number, at_once + 2 * (pp_size - 1 - rank) + 1)
     second = sum(place // at_once % 2 for place in range(passes))
     return passes - second, second
+
+
+def kept_layers(schedule: ScheduleName, stages: PipelineStages, rank: int, number: int) -> int:
+    """Return the layers whose passes a rank keeps at once, each pass counted."""
+    passes = kept_passes(schedule, stages.num_ranks, rank, number)
+    return sum(len(stages.layers[stage]) * n for stage, n in zip(stages.of_rank(rank), passes, strict=True))

@@ -9,7 +9,7 @@ from typing import Final
 
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.pipeline_stages import PipelineStages
-from trainer.plan.kept_passes import kept_passes
+from trainer.plan.kept_passes import kept_layers
 from trainer.plan.layouts import Cluster, PlannedLayout
 
 _AGAIN: Final = {"none": 1.0, "norms_and_activations": 1.02, "experts": 1.2, "block": 1.33}
@@ -73,12 +73,8 @@ def least_row_bytes(config: ExperimentConfig, layout: PlannedLayout) -> int:
 def kept_share(config: ExperimentConfig, layout: PlannedLayout, world_size: int, stages: PipelineStages) -> float:
     """Return the layers that the fullest rank of a pipeline keeps passes of, over those of the model."""
     number = layout.micro_batches(config, world_size)
-
-    def kept(rank: int) -> int:
-        passes = kept_passes(layout.pp_schedule, layout.pp_size, rank, number)
-        return sum(len(stages.layers[stage]) * n for stage, n in zip(stages.of_rank(rank), passes, strict=True))
-
-    return max(map(kept, range(layout.pp_size))) / config.model.num_layers
+    kept = (kept_layers(layout.pp_schedule, stages, rank, number) for rank in range(stages.num_ranks))
+    return max(kept) / config.model.num_layers
 
 
 def estimated_seconds(config: ExperimentConfig, layout: PlannedLayout, cluster: Cluster, num_ids: int) -> float:

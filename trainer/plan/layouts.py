@@ -6,9 +6,10 @@ from typing import Final, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from trainer.distributed.rank_layout import ScheduleName
+from trainer.distributed.rank_layout import Degrees, ScheduleName
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.parallel.pipeline_stages import SCHEDULES
+from trainer.parallel.pipeline_stages import SCHEDULES, check_micro_batches
 from trainer.plan.gpus import Gpu
 
 Engine = Literal["native", "deepspeed"]
@@ -201,7 +202,11 @@ def _has_order(layout: PlannedLayout, number: int) -> bool:
         return True
     if number < layout.pp_size:
         return False
-    return layout.pp_schedule != "interleaved_1f1b" or number % (number // layout.pp_size) == 0
+    try:
+        check_micro_batches(Degrees(pp_size=layout.pp_size, pp_schedule=layout.pp_schedule), number)
+    except ConfigError:
+        return False
+    return True
 
 
 def _ep_sizes(config: ExperimentConfig, num_ranks: int, choices: Choices) -> list[int]:

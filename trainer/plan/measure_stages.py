@@ -14,9 +14,9 @@ from functools import partial
 from typing import Final
 
 from trainer.experiment import ExperimentConfig
-from trainer.parallel.pipeline_stages import PipelineStages, pipeline_stages
+from trainer.parallel.pipeline_stages import SCHEDULES, PipelineStages, pipeline_stages
 from trainer.plan.fake_step import num_ids_of
-from trainer.plan.kept_passes import PLANNED, kept_passes
+from trainer.plan.kept_passes import PLANNED, kept_layers, kept_passes
 from trainer.plan.layer_pattern import layer_pattern
 from trainer.plan.measured_rank import Ranks, fake_rank
 from trainer.plan.step_cost import Quantity, StepCost, cost_of, extrapolated, totals_of
@@ -88,12 +88,9 @@ def _places(config: ExperimentConfig, stages: PipelineStages, number: int) -> li
         sizes = sizes if most > sizes[1] else (most,)
         return _Place(rank=rank, size=size, index=index, sizes=sizes, first=size, taken=taken)
 
-    def kept(rank: int) -> int:
-        passes = kept_passes(own.pp_schedule, P, rank, number)
-        return sum(len(stages.layers[stage]) * n for stage, n in zip(stages.of_rank(rank), passes, strict=True))
-
     layers = [len(stages.layers_of(rank)) for rank in range(P)]
-    fullest, largest = max(range(P), key=kept), layers.index(max(layers))
+    kept = [kept_layers(own.pp_schedule, stages, rank, number) for rank in range(P)]
+    fullest, largest = kept.index(max(kept)), layers.index(max(layers))
     return [place(rank) for rank in (fullest, largest) if rank == fullest or layers[rank] > _FAR_MORE * layers[fullest]]
 
 
@@ -101,18 +98,12 @@ def _measured(config: ExperimentConfig, ranks: Ranks, work: tuple[_Place, int | 
     place, layers = work
     own, model, P = config.parallel, config.model, config.parallel.pp_size
     if layers is not None:
-        stages = place.size * kept_stages(config)
+        stages = place.size * SCHEDULES[own.pp_schedule].stages_per_rank
         model = model.model_copy(update={"num_layers": layers * stages})
         own = own.model_copy(update={"pp_size": place.size, "pp_layers": (layers,) * stages})
     shorter = config.model_copy(update={"model": model, "parallel": own})
     ranks = replace(ranks, world_size=ranks.world_size // P * own.pp_size)
     return fake_rank(shorter, ranks, pp_rank=place.index, micro_batches=(place.first, place.taken))
-
-
-def kept_stages(config: ExperimentConfig) -> int:
-    """Return the stages of a rank."""
-    own = config.parallel
-    return len(kept_passes(own.pp_schedule, own.pp_size, 0, own.pp_size))
 
 
 def _in_flight(config: ExperimentConfig, ranks: Ranks, place: _Place, step: ProbedStep, number: int) -> StepCost:
