@@ -13,15 +13,13 @@ def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: st
     if cp * tp == 1:
         return
     key, sizes = ("cp_size", f"cp_size {cp}") if tp == 1 else ("tp_size", f"tp_size {tp}")
-    if S % (2 * cp * tp):
-        longer, product = (
-            -(-S // (2 * cp * tp)) * 2 * cp * tp,
-            "" if 1 in (cp, tp) else f" (tp_size times cp_size {cp})",
-        )
+    if S % (chunks := 2 * cp * tp):
+        product = "" if 1 in (cp, tp) else f" (tp_size times cp_size {cp})"
         given = (
             f"{cp * tp} ranks{product} share rows in chunks, two of each rank, and model.seq_len {S} is no multiple of"
         )
-        yield Problem(f"parallel.{key}", f"{given} {2 * cp * tp}; use another size, or model.seq_len: {longer}")
+        longer = -(-S // chunks) * chunks
+        yield Problem(f"parallel.{key}", f"{given} {chunks}; use another size, or model.seq_len: {longer}")
     heads = model.num_heads // tp
     if cp > 1 and parallel.cp == "ulysses" and heads < cp:
         given = f"ulysses gives each of {cp} ranks a head, and model.num_heads is {model.num_heads}"
