@@ -62,8 +62,8 @@ FAULTS = [
     _fault(
         "the gradient of gathered tokens is a rank's own share",
         "parallel/tensor_parallel.py",
-        "return _summed(grad, ctx.group), None",
-        "return part_of(grad, ctx.group.index, ctx.group.size), None",
+        "self.group, _gathered, _summed)",
+        "self.group, _gathered, lambda grad, group: part_of(grad, group.index, group.size))",
         GROUPED,
     ),
     _fault(

@@ -11,7 +11,7 @@ dense gradient is. What is cut sees all tokens of the ranks: its gradient is com
 # B rows, S tokens in a part of a row, n ranks, D width.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +31,8 @@ from trainer.ops.cut import Cut
 from trainer.ops.scored_attention import ScoreRule
 from trainer.ops.zigzag import in_row_order, part_of
 
+_Move = Callable[[Tensor, Group], Tensor]
+
 
 class TensorParallel:
     """Exchange of tokens between the ranks that hold a block's matrices together."""
@@ -44,12 +46,12 @@ class TensorParallel:
 
         They travel as the product would round them.
         """
-        return _Gather.apply(x.to(compute_dtype(x)), self.group) if is_part else x
+        return _Exchange.apply(x.to(compute_dtype(x)), self.group, _gathered, _summed) if is_part else x
 
     def reduced(self, y: Tensor, *, is_part: bool) -> Tensor:
         """Return the sums over ranks (B, S, D) of the tokens here, from a share (B, n S, D) for all. Collective."""
         if is_part:
-            return _ReduceScatter.apply(y, self.group)
+            return _Exchange.apply(y, self.group, _summed, _gathered)
         assert not y.requires_grad, "whole rows are for evaluation and generation"
         return self.group.all_reduce_(y.to(torch.promote_types(y.dtype, torch.float32), copy=True)).to(y.dtype)
 
@@ -67,30 +69,19 @@ class WholeRows:
         return self._kernel(q, k, v, mask.whole if isinstance(mask, RowMask) else mask, rule)
 
 
-class _Gather(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """An exchange whose gradient is exchanged by another one: gathering and summing are each other's."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gathered(x, group)
+    def forward(ctx: Any, x: Tensor, group: Group, there: _Move, back: _Move) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _summed(y, group)
-
-    @staticmethod
-    @once_differentiable
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def _gathered(x: Tensor, group: Group) -> Tensor:
