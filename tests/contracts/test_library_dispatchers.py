@@ -137,6 +137,11 @@ def test_a_config_that_it_cannot_do_is_refused(overrides: list[str], words: str)
     assert words in str(caught.value)
 
 
+def test_tokens_of_a_row_that_ranks_share_count_once() -> None:
+    shared = ["parallel.tp_size=2", "parallel.dispatcher={kind: deepep}", "train.dtype=bfloat16"]
+    load("configs/quickstart.yaml", [*shared, "parallel.micro_batch_size=128"], ExperimentConfig)
+
+
 def test_the_double_refuses_what_the_library_asserts_against(ranks: Ranks) -> None:
     """Control: the tests above would fail by these."""
     assert ranks.run(2, misuse) == [7, 7]

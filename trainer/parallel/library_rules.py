@@ -1,4 +1,4 @@
-"""What a config must be for a dispatcher by a library. Imports no torch."""
+"""Rules for configs with a dispatcher by a library. Imports no torch."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def library_problems(model: ModelConfig, parallel: ParallelConfig, dtype: str) -
         yield Problem(key, f"deepep does not dispatch each assignment apart (model.moe.diversity_coef); {instead}")
     if model.d_model % 8:
         yield Problem(key, f"deepep needs model.d_model to be a multiple of 8, not {model.d_model}; {instead}")
-    tokens = parallel.micro_batch_size * model.seq_len // parallel.cp_size
+    tokens = parallel.micro_batch_size * model.seq_len // parallel.row_size
     if tokens > dispatcher.tokens_per_rank:
         given = f"{dispatcher.tokens_per_rank}, and a micro-batch has {tokens} tokens"
         remedy = "raise it, or lower parallel.micro_batch_size"
