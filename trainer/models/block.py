@@ -28,7 +28,7 @@ from trainer.ops.kernels import ExpertsKernel
 
 
 class BlockInputs(NamedTuple):
-    """What a block needs of a micro-batch beside its residual stream."""
+    """Inputs of a block beside the residual stream of a micro-batch."""
 
     rotary: Tensor
     context: RoutingContext

@@ -18,7 +18,7 @@ from trainer.ops.attention_mask import PreparedMask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What blocks need of a micro-batch beside its residual stream."""
+    """Inputs of all blocks beside the residual stream of a micro-batch."""
 
     rotary: Tensor
     context: RoutingContext

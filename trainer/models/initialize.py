@@ -29,7 +29,7 @@ class WeightShard:
     index: tuple[slice, ...]
     """Where it is in the weight, or in the cut of it: a range of every dimension, with beginning and end."""
     cut: Cut | None = None
-    """Of which a rank has a part; None: of the whole weight."""
+    """Cut of the whole weight that the part is of; None: the part is of the whole weight."""
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ class InFlight(NamedTuple):
     """A micro-batch inside the layer, whose tokens travel to their experts or back. FSDP2 looks into named tuples."""
 
     rows: Any
-    """What the dispatcher has begun, or computed."""
+    """Rows of the dispatcher, on their way there or back."""
     shared: Tensor | None
     """(B, S, D) of the shared experts."""
     shape: torch.Size

@@ -16,7 +16,7 @@ class Cut:
 
     dim: int
     size: int
-    """Of the whole tensor along this dimension."""
+    """Size of the whole tensor along this dimension."""
     ranges: tuple[tuple[int, int], ...]
     """First and last + 1 of each range, in order."""
 

@@ -79,7 +79,7 @@ class ParallelConfig(Config):
     dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
     """Dispatcher, which sends rows to their experts."""
     overlap: Literal["none", "micro_batches"] = "none"
-    """What hides the exchange of rows, beside the shared experts, which always do. `micro_batches`: pairs of
+    """Computation that hides exchanges of rows, beside the shared experts, which always do. `micro_batches`: pairs of
     a step's micro-batches pass through the layers together, and attention and experts of one are computed while rows of
     the other travel, forward and backward (DualPipe, Megatron-Core's 1F1B overlap, vLLM's DBO). Activations of two are
     alive. With `ep_size: 1` nothing is exchanged, and they run one by one. For the native engine without stages."""

@@ -136,7 +136,7 @@ class Choices:
     """None: those that leave each rank a long part of a row, of micro-batches of one row."""
     pp_sizes: Sequence[int] | None = None
     pp_schedules: Sequence[ScheduleName] = ("1f1b", "interleaved_1f1b")
-    """Of `kept_passes.PLANNED`."""
+    """Schedules, of those in `kept_passes.PLANNED`."""
 
 
 def layouts_of(config: ExperimentConfig, cluster: Cluster, choices: Choices) -> Iterator[PlannedLayout]:

@@ -29,7 +29,7 @@ _ADDRESS = re.compile(r"[0-9A-Za-z.:%_-]{0,255}", re.ASCII)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What one machine's `launch` does."""
+    """State of one machine's `launch`."""
 
     number: int
     """NODE_RANK as it was started with: the node that it would be first, or a spare."""

@@ -121,7 +121,7 @@ class _Dispatch(LibraryExchange):
         super().__init__(group, "deepep dispatch")
         self.buffer, self._expert, self._num_experts = buffer, expert, num_experts
         self.handle: Any = None
-        """What the library needs to send the same rows again, or back."""
+        """Handle by which the library sends the same rows again, or back."""
         self.local_expert: Tensor = expert
         """(N, k) local expert of each slot that arrives; -1 for none."""
         self.num_rows = 0
