@@ -47,7 +47,8 @@ def collect_of(config: ExperimentConfig, case: Case, ranks: LocalRanks) -> Evide
 
 def assert_learns_the_same(config: ExperimentConfig, layout: Mapping[str, Any], ranks: LocalRanks) -> None:
     """Train under a layout, in micro-batches of all rows unless it says otherwise, and compare with one process."""
-    together = collect_of(config, Case(**{"micro_batch_size": ROWS, **layout}), ranks)
+    fields: dict[str, Any] = {"micro_batch_size": ROWS, **layout}
+    together = collect_of(config, Case(**fields), ranks)
     found = compare(together, _alone(config.model_dump_json()), tolerance=TOLERANCE, floor=FLOORS["float64"])
     assert found.is_equal, f"{found.first_different}: {found.cause}"
     assert found.flips == 0
