@@ -9,7 +9,7 @@ ALONE = f"{CONTRACT}::test_it_equals_a_single_process"
 FAULTS = [
     in_package(
         "rows are read before they have arrived",
-        "moe/dispatch/library_exchange.py",
+        "distributed/exchange.py",
         "        pending.wait()\n",
         "",
         ALONE,

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from trainer.distributed.exchange import Arriving, Exchange, UnderWay
 from trainer.distributed.flight_recorder import Operation
 from trainer.distributed.watched_group import WatchedGroup
 from trainer.distributed.wire_format import Plain, from_json, to_json
@@ -170,7 +170,7 @@ class Group(WatchedGroup):
     def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "AllToAll":
         """Start an `all_to_all` that overlaps with computation until its `wait`, forward and backward."""
         assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
-        return AllToAll.start(x, Exchange(self, tuple(send), tuple(receive)))
+        return AllToAll(x if self.size == 1 else UnderWay.start(RowsExchange(self, send, receive), x))
 
     def issue_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "PendingOp":
         """Start an all-to-all outside autograd."""
@@ -198,38 +198,14 @@ class Group(WatchedGroup):
             raise CommError(self._failure(self.recorder.operations[-1], what)) from error
 
 
-class Exchange:
-    """Sizes of an all-to-all, and the message that is in flight: rows forward, their gradient backward."""
-
-    def __init__(self, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
-        self.group, self.send, self.receive = group, send, receive
-        self.pending: PendingOp | None = None
-
-    def received(self) -> Tensor:
-        """Wait for the pending all-to-all and return the received rows."""
-        assert self.pending is not None, "nothing is in flight: wait once"
-        pending, self.pending = self.pending, None
-        return pending.wait()
-
-
 class AllToAll(NamedTuple):
-    """An all-to-all in progress. Backward, the gradient is in flight from the node of `wait` to that of the start.
+    """An all-to-all in progress, forward and backward; a group of one has its rows already."""
 
-    A named tuple, since FSDP2 looks into tuples for the tensors between two parts of a layer.
-    """
-
-    sent: Tensor
-    """The rows, as the node of `wait` depends on them."""
-    exchange: Exchange
-
-    @classmethod
-    def start(cls, x: Tensor, exchange: Exchange) -> "AllToAll":
-        """Start to send x; a group of one has it already."""
-        return cls(x if exchange.group.size == 1 else _Send.apply(x, exchange), exchange)
+    rows: Tensor | UnderWay
 
     def wait(self) -> Tensor:
         """Return (sum(receive), ...) ordered by member. Call it once."""
-        return self.sent if self.exchange.group.size == 1 else _Receive.apply(self.sent, self.exchange)
+        return self.rows.wait()[0] if isinstance(self.rows, UnderWay) else self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,36 +225,22 @@ class PendingOp:
             self.work.wait()
         return self.out
 
-
-class _Send(torch.autograd.Function):
-    """Start to send rows. Backward waits for their gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.pending = exchange.group.issue_all_to_all(x, exchange.send, exchange.receive)
-        return x.view_as(x)  # makes `_Receive` depend on this node
-
-    @staticmethod
-    @once_differentiable
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.received(), None
+    def arriving(self) -> Arriving:
+        """Return the tensor that it fills."""
+        return Arriving((self.out,), self.wait)
 
 
-class _Receive(torch.autograd.Function):
-    """Wait for rows. Backward starts to send their gradient and returns its buffer, which only `_Send` may read."""
+class RowsExchange(Exchange):
+    """Sizes of an all-to-all, whose gradient is one with both exchanged."""
 
-    @staticmethod
-    def forward(ctx: Any, sent: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.received()
+    def __init__(self, group: Group, to: Sequence[int], of: Sequence[int]) -> None:
+        super().__init__()
+        self._group, self._to, self._of = group, tuple(to), tuple(of)
 
-    @staticmethod
-    @once_differentiable
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        exchange: Exchange = ctx.exchange
-        assert exchange.pending is None, "its gradient is already in flight"
-        exchange.pending = exchange.group.issue_all_to_all(grad, exchange.receive, exchange.send)
-        return exchange.pending.out, None
+    def send(self, *tensors: Tensor) -> Arriving:
+        """Start to send rows."""
+        return self._group.issue_all_to_all(tensors[0], self._to, self._of).arriving()
+
+    def send_back(self, *gradients: Tensor) -> Arriving:
+        """Start to send the gradient of rows."""
+        return self._group.issue_all_to_all(gradients[0], self._of, self._to).arriving()

@@ -7,7 +7,7 @@ import torch
 
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collective_errors import raise_together
-from trainer.distributed.collectives import Exchange, Group
+from trainer.distributed.collectives import Group, RowsExchange
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.errors import DataError, RemoteRankError, TurnoutError
 
@@ -52,7 +52,7 @@ def count_exchanges() -> int:
         x = torch.ones(2, 3, requires_grad=True)
         (world.all_to_all(x, [1, 1], [1, 1]) * 2).sum().backward()
     end = time.monotonic() + 10  # the process group's threads release it a moment later
-    while (left := sum(type(thing) is Exchange for thing in gc.get_objects())) and time.monotonic() < end:
+    while (left := sum(type(thing) is RowsExchange for thing in gc.get_objects())) and time.monotonic() < end:
         time.sleep(0.01)
     return left
 

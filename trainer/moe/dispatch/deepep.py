@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import Group
+from trainer.distributed.exchange import Arriving, UnderWay
 from trainer.errors import ConfigError, first_line
 from trainer.moe.dispatch.base import Dispatched, RunExperts
 from trainer.moe.dispatch.exchanging import ExchangingDispatcher
-from trainer.moe.dispatch.library_exchange import Arriving, LibraryExchange, UnderWay
+from trainer.moe.dispatch.library_exchange import LibraryExchange
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.packages import importing

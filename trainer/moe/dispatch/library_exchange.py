@@ -1,97 +1,23 @@
-"""An exchange by a library that starts and awaits its own messages, as two autograd nodes: like `AllToAll`."""
+"""An exchange by a library that starts and awaits its own messages, noted by the flight recorder as a collective."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trainer.distributed.collectives import Group
+from trainer.distributed.exchange import Arriving, Exchange
 
 
-class Arriving(NamedTuple):
-    """Tensors that a library is filling."""
-
-    tensors: tuple[Tensor, ...]
-    wait: Callable[[], object]
-    """Waits for them, on the stream of the computation; they are not read before."""
-
-
-class LibraryExchange(ABC):
-    """An exchange there and back: what is sent, and how its gradient travels."""
+class LibraryExchange(Exchange, ABC):
+    """An exchange there and back by a library."""
 
     def __init__(self, group: Group, name: str) -> None:
+        super().__init__()
         self.group, self.name = group, name
-        self.pending: Arriving | None = None
-
-    @abstractmethod
-    def send(self, *tensors: Tensor) -> Arriving:
-        """Start to send tensors."""
-
-    @abstractmethod
-    def send_back(self, *gradients: Tensor) -> Arriving:
-        """Start to send the gradients of what arrived; what arrives are those of what was sent."""
 
     def start(self, send: Callable[..., Arriving], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Start a direction of the exchange; return the tensors that are being filled."""
         operation = self.group.recorder.note(self.name, self.group.name, [len(tensors[0])])
         with self.group.awaited(operation):  # the host waits for the sizes
-            self.pending = send(*(tensor.contiguous() for tensor in tensors))
-        return self.pending.tensors
-
-    def received(self) -> tuple[Tensor, ...]:
-        """Wait for the direction that is pending, and return its tensors."""
-        assert self.pending is not None, "nothing is in flight: wait once"
-        pending, self.pending = self.pending, None
-        pending.wait()
-        return pending.tensors
-
-
-class UnderWay(NamedTuple):
-    """Tensors under way. Backward, the gradient is in flight from the node of `wait` to that of `sent`."""
-
-    sent: tuple[Tensor, ...]
-    exchange: LibraryExchange
-
-    @classmethod
-    def start(cls, exchange: LibraryExchange, *tensors: Tensor) -> "UnderWay":
-        """Start to send tensors."""
-        return cls(_Start.apply(exchange, *tensors), exchange)
-
-    def wait(self) -> tuple[Tensor, ...]:
-        """Return what has arrived. Call it once."""
-        return _Wait.apply(self.exchange, *self.sent)
-
-
-class _Start(torch.autograd.Function):
-    """Start to send tensors. Backward waits for their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, exchange: LibraryExchange, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        exchange.start(exchange.send, tensors)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)  # makes `_Wait` depend on this node
-
-    @staticmethod
-    @once_differentiable
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.exchange.received()
-
-
-class _Wait(torch.autograd.Function):
-    """Wait for tensors. Backward starts to send their gradients and returns buffers, which only `_Start` may read."""
-
-    @staticmethod
-    def forward(ctx: Any, exchange: LibraryExchange, *sent: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        return exchange.received()
-
-    @staticmethod
-    @once_differentiable
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        exchange: LibraryExchange = ctx.exchange
-        return None, *exchange.start(exchange.send_back, gradients)
+            return super().start(send, tuple(tensor.contiguous() for tensor in tensors))
