@@ -26,10 +26,10 @@ FAULTS = [
     ),
     in_package(
         "products of oneDNN are not counted",
-        "plan/step_operations.py",
+        "lab/costs/step_operations.py",
         "return 2 * x.numel() * weight.shape[0]",
         "return 0",
-        "plan/test_step_operations.py",
+        "lab/costs/test_step_operations.py",
     ),
     in_package(
         "a CPU starts operations while it computes",
@@ -43,7 +43,7 @@ FAULTS = [
         "plan/step_probe.py",
         "{name: tensor.clone() for",
         "{name: tensor for",
-        "plan/test_step_operations.py",
+        "lab/costs/test_step_operations.py",
     ),
     in_package(
         "reductions of shards take the time of a gather",

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from trainer.lab.costs.plain_tensor_mode import PlainTensorMode
 from trainer.plan.assumed_load import AssumedLoad
-from trainer.plan.plain_tensor_mode import PlainTensorMode
 
 aten = torch.ops.aten
 _MAX_KNOWN = 1 << 22

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from trainer.lab.costs.step_operations import StepOperations
 from trainer.plan.layer_pattern import LayerPattern
-from trainer.plan.step_operations import StepOperations
 from trainer.plan.step_probe import ProbedStep
 from trainer.plan.tensor_bytes import Window
 

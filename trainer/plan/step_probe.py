@@ -18,8 +18,8 @@ from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh
 from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
+from trainer.lab.costs.step_operations import StepOperations
 from trainer.parallel.parallelize import parallelize
-from trainer.plan.step_operations import StepOperations
 from trainer.plan.tensor_bytes import TensorBytes, Window
 from trainer.training.model import meta_model, numerics
 

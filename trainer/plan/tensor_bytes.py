@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from trainer.plan.plain_tensor_mode import PlainTensorMode
+from trainer.lab.costs.plain_tensor_mode import PlainTensorMode
 
 Window = tuple[str, int | None]
 """Phase of a step, and the block that is computed in it; None: what belongs to no block."""

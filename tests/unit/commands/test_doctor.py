@@ -7,7 +7,7 @@ import pytest
 
 from tests.run_folders import make_run
 from trainer.cli import parse_command_line
-from trainer.doctor.cluster.measure_cluster import Workload
+from trainer.doctor.cluster.cluster_work import Workload
 from trainer.doctor.host_facts import HostFacts
 from trainer.errors import CheckpointError, ConfigError
 

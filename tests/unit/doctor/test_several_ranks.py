@@ -13,7 +13,8 @@ from tests.tiny_training import config_of_text
 from trainer.doctor.cluster import measure_cluster as measuring
 from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
 from trainer.doctor.cluster.cluster_evidence import COLLECTIVES
-from trainer.doctor.cluster.measure_cluster import Rank, Workload, measure_cluster, pairings
+from trainer.doctor.cluster.cluster_work import Rank, Workload
+from trainer.doctor.cluster.measure_cluster import measure_cluster, pairings
 from trainer.doctor.finding import examine
 from trainer.doctor.step.diagnose_step import of_all_ranks
 from trainer.doctor.step.measure_step import measure_step

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from trainer.lab.costs.message_counter import CollectiveCall, call_of
+from trainer.lab.costs.plain_tensor_mode import PlainTensorMode
 from trainer.ops.fused_ffn import has_onednn_product
-from trainer.plan.plain_tensor_mode import PlainTensorMode
 
 
 @dataclass(slots=True)
