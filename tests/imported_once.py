@@ -20,6 +20,7 @@ import torch
 
 import trainer.training.generate_text
 import trainer.training.main
+from tests import held_steps
 from tests.forked_children import fork_children
 from trainer import fault_injection
 from trainer.prove import pool  # uses the same server, so its imports are among these
@@ -145,6 +146,7 @@ def _run(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     shorten_sample()
+    held_steps.obey()
     fault_injection._PLANNED[:] = fault_injection.parse_faults(
         os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0")
     )

@@ -16,6 +16,8 @@ import pytest
 
 from tests import imported_once
 from tests.end_to_end.tiny import CONFIG, numbers, run_ranks
+from tests.held_steps import HeldSteps
+from trainer.supervise.machines import Machine
 
 LIMIT_S = 100.0
 
@@ -25,6 +27,7 @@ class Agents:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
+        self.held = HeldSteps(folder / f"{name}.held", (20, 40))
         self.processes: dict[int, imported_once.Process] = {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -38,6 +41,7 @@ class Agents:
             ["-m", "trainer", "launch", "tiny.yaml", f"name={self.name}", *where, *overrides],
             cwd=self.folder,
             stderr=self.folder / f"{self.name}.{machine}",
+            environment=self.held.environment(),
         )
 
     def said(self, machine: int) -> str:
@@ -56,6 +60,17 @@ class Agents:
         """Wait until a step is logged."""
         metrics = self.folder / "runs" / self.name / "metrics.jsonl"
         self.wait(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= step)
+
+    def wait_for_spare(self, machine: int) -> None:
+        """Wait until a machine can take the place of another."""
+        path = self.folder / "runs" / self.name / f"machines/machine-{machine:05d}"
+        here = f"{socket.gethostname()} process {self.processes[machine].pid}"
+
+        def is_ready() -> bool:
+            sign = Machine.of_json(path.read_text()) if path.exists() else None
+            return sign is not None and (sign.host, sign.state) == (here, "ready")
+
+        self.wait(is_ready)
 
     def codes(self) -> dict[int, int]:
         """Wait for the ends; return the exit codes."""
@@ -98,12 +113,16 @@ def test_a_spare_takes_the_place_of_a_lost_machine_and_the_run_ends_as_if_undist
     for machine in range(3):
         agents.start(machine, "parallel.ep_size=2")
     agents.wait(lambda: "machine 2 is a spare: it has imported torch, and waits" in agents.said(2))
+    agents.wait_for_spare(2)
     agents.wait_for_step(12)
     agents.kill(lost)
+    agents.held.release(20)
     agents.wait(lambda: f"machine 2 takes node {lost} in place of machine {lost}" in agents.said(2))
     agents.start(lost, "parallel.ep_size=2")
+    agents.wait_for_spare(lost)
     agents.wait_for_step(25)
     agents.kill(1 - lost)
+    agents.held.release(40)
     agents.wait(lambda: f"machine {lost} takes node {1 - lost} in place of machine {1 - lost}" in agents.said(lost))
     assert agents.codes() == {2: 0, lost: 0}, agents.said(2)
     assert numbers(agents.folder, agents.name) == numbers(agents.folder, "whole")
@@ -115,6 +134,7 @@ def test_a_spare_ends_with_the_code_of_a_run_that_ends_without_it(agents: Agents
         agents.start(machine, "parallel.ep_size=2", "train.steps=1000000")
     agents.wait_for_step(2)
     agents.processes[1].send_signal(signal.SIGTERM)
+    agents.held.release()
     assert agents.codes() == {0: 75, 1: 75, 2: 75}
     assert "has ended with 75" in agents.said(2) and "Traceback" not in "".join(map(agents.said, range(3)))
 
@@ -134,9 +154,10 @@ def test_a_single_machine_has_a_spare_too(agents: Agents) -> None:
     for machine in range(2):
         agents.start(machine, nnodes=1)
     agents.wait_for_step(12)
-    agents.wait(lambda: "waits" in agents.said(1))
+    agents.wait_for_spare(1)
     status = agents.folder / "runs" / agents.name / "status/rank00000.json"
     assert json.loads(status.read_text())["state"] == "running"
     agents.kill(0)
+    agents.held.release()
     assert agents.codes() == {1: 0}, agents.said(1)
     assert len(numbers(agents.folder, agents.name)) == len(numbers(agents.folder, "whole"))
