@@ -23,7 +23,7 @@ def by_kind(union: Any) -> dict[str, Any]:
 
 
 ROUTERS = by_kind(RouterConfig)
-LIBRARY_DISPATCHERS = {kind: section for kind, section in by_kind(DispatcherConfig).items() if kind == "deepep"}
+LIBRARY_DISPATCHERS = {kind: section for kind, section in by_kind(DispatcherConfig).items() if section.needs_gpus}
 """Dispatchers by libraries for GPUs, which tests/contracts/test_library_dispatchers.py runs on doubles."""
 DISPATCHERS = {kind: section for kind, section in by_kind(DispatcherConfig).items() if kind not in LIBRARY_DISPATCHERS}
 LEARNED_ROUTERS = {

@@ -21,7 +21,7 @@ from trainer.evaluation.metric_names import unknown_metric
 from trainer.families.config import ExportConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
-from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOptions
+from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOptions, SymmetricMemoryDispatcherConfig
 from trainer.ops.lora_kernels import LORA_KERNELS
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
@@ -173,8 +173,10 @@ class ExperimentConfig(Config):
             experts = f"only {least} experts ({moe.num_experts} over ep_size {ep_size})"
             problem = f"{dispatcher.chunks} chunks, and a rank may have {experts}; use at most {least}"
             yield Problem("parallel.dispatcher.chunks", problem)
-        if isinstance(dispatcher, AllToAllDispatcherConfig) and dispatcher.row_budget is not None:
-            yield from self._row_budget_problems(dispatcher.chunks, has_fixed_k=moe.router.has_fixed_k)
+        has_budget = isinstance(dispatcher, AllToAllDispatcherConfig | SymmetricMemoryDispatcherConfig)
+        if has_budget and dispatcher.row_budget is not None:
+            chunks = dispatcher.chunks if isinstance(dispatcher, ExchangeOptions) else 1
+            yield from self._row_budget_problems(chunks, has_fixed_k=moe.router.has_fixed_k)
         if dispatcher.kind == "local" and ep_size > 1:
             problem = f"local does not communicate; with ep_size {ep_size} use all_to_all"
             yield Problem("parallel.dispatcher.kind", problem)

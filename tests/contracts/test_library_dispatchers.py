@@ -1,5 +1,6 @@
 """Dispatchers by libraries for GPUs, on doubles of these: the contract of dispatchers, and what they refuse."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from tests.contracts import test_dispatchers
+from tests.doubles import deep_ep, symmetric_memory
 from tests.doubles.deep_ep import EPHandle, doubled
 from tests.laws import test_overlap
 from tests.ranks import Ranks, mesh_here
@@ -17,51 +19,67 @@ from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.deepep import DeepEPDispatcher
-from trainer.moe.dispatch.registry import DeepEPDispatcherConfig
+from trainer.moe.dispatch.local import LocalDispatcher
+from trainer.moe.dispatch.registry import DeepEPDispatcherConfig, DispatcherOptions, SymmetricMemoryDispatcherConfig
 from trainer.moe.routing import RoutingDecision
 from trainer.parallel.dispatcher_canary import RowDtypes, dispatcher_fault
 
-SHAPES = [(2, 4, 2), (2, 4, 1), (4, 8, 3), (4, 4, 2)]
 DEEPEP = DeepEPDispatcherConfig(tokens_per_rank=64)
+CONFIGS = {"deepep": DEEPEP, "symmetric_memory": SymmetricMemoryDispatcherConfig()}
+SHARED, TOP_P = "parallel.dispatcher={kind: symmetric_memory}", "model.moe.router={kind: top_p}"
+SHAPES = {
+    "deepep": [(2, 4, 2), (2, 4, 1), (4, 8, 3), (4, 4, 2)],
+    "symmetric_memory": [*test_dispatchers.SHAPES.values(), (4, 16, 3)],
+}
+
+
+def as_double(kind: str, *, wide: bool = True) -> AbstractContextManager[None]:
+    """Let this process have a library; deepep in float64 too if `wide`. Symmetric memory sends any dtype."""
+    if kind == "symmetric_memory":
+        return symmetric_memory.doubled()
+    return deep_ep.doubled(rows=torch.float64, weights=torch.float64) if wide else deep_ep.doubled()
 
 
 def test_every_library_has_a_double() -> None:
-    assert set(LIBRARY_DISPATCHERS) == {"deepep"}
+    assert set(LIBRARY_DISPATCHERS) == set(CONFIGS) == set(SHAPES)
 
 
-def doubled_on_a_rank(*args: Any) -> dict:
+def doubled_on_a_rank(config: DispatcherOptions, *args: Any) -> dict:
     """Compute as the contract of dispatchers does, in float64."""
-    with doubled(rows=torch.float64, weights=torch.float64):
-        return test_dispatchers.on_a_rank(*args)
+    with as_double(config.kind):
+        return test_dispatchers.on_a_rank(config, *args)
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])
 @pytest.mark.parametrize("case", test_dispatchers.CASES)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_it_equals_a_single_process(
-    ranks: Ranks, case: str, factor: float | None, monkeypatch: pytest.MonkeyPatch
+    ranks: Ranks, kind: str, case: str, factor: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(test_dispatchers, "on_a_rank", doubled_on_a_rank)
-    for shape in SHAPES:
-        test_dispatchers._compare(ranks, DEEPEP, case, shape, factor)
+    for shape in SHAPES[kind]:
+        test_dispatchers._compare(ranks, CONFIGS[kind], case, shape, factor)
 
 
-def canary(num_experts: int) -> str | None:
+def canary(kind: str, num_experts: int) -> str | None:
     mesh = mesh_here(ep_size=dist.get_world_size())
     dtypes = RowDtypes(compute=torch.bfloat16, wire=torch.bfloat16)
-    with doubled():
-        return dispatcher_fault(DEEPEP.build(mesh, num_experts), mesh, num_experts, dtypes, torch.device("cpu"))
+    with as_double(kind, wide=False):
+        dispatcher = CONFIGS[kind].build(mesh, num_experts)
+        return dispatcher_fault(dispatcher, mesh, num_experts, dtypes, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_canary_of_a_start_passes_in_the_dtypes_of_the_library(ranks: Ranks, world_size: int) -> None:
-    assert ranks.run(world_size, canary, 8) == [None] * world_size
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_canary_of_a_start_passes_in_the_dtypes_of_the_library(ranks: Ranks, kind: str, world_size: int) -> None:
+    assert ranks.run(world_size, canary, kind, 8) == [None] * world_size
 
 
-def learned(layout: dict[str, Any], parallel: dict[str, Any]) -> float:
+def learned(kind: str, layout: dict[str, Any], parallel: dict[str, Any]) -> float:
     """Return the largest difference of what is learned from what `all_to_all` learns."""
-    own = {"dispatcher": {"kind": "deepep", "tokens_per_rank": 64}}
+    own = {"dispatcher": CONFIGS[kind].model_dump()}
     moe = {"num_shared_experts": 1, "capacity": {"factor": 1.0, "min": 1}}
-    with doubled(rows=torch.float64, weights=torch.float64):
+    with as_double(kind):
         (_, plain), (_, ours) = (
             test_overlap._train(test_overlap._engine(layout, options, {"moe": moe}), 3, is_packed=False)
             for options in ({}, {**parallel, **own})
@@ -71,20 +89,22 @@ def learned(layout: dict[str, Any], parallel: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("parallel", [{}, {"overlap": "micro_batches", "recompute": "block"}, {"replicas": 2}], ids=str)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_it_learns_what_all_to_all_does(ranks: Ranks, world_size: int, parallel: dict[str, Any]) -> None:
-    for largest in ranks.run(world_size, learned, {"ep_size": 2}, parallel):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_learns_what_all_to_all_does(ranks: Ranks, kind: str, world_size: int, parallel: dict[str, Any]) -> None:
+    for largest in ranks.run(world_size, learned, kind, {"ep_size": 2}, parallel):
         assert largest < 1e-9
 
 
-def sharded() -> float:
+def sharded(kind: str) -> float:
     model = {"moe": {"num_shared_experts": 1}}
-    own = {"data": "shard", "dispatcher": {"kind": "deepep", "tokens_per_rank": 64}}
-    with doubled(rows=torch.float64, weights=torch.float64):
+    own = {"data": "shard", "dispatcher": CONFIGS[kind].model_dump()}
+    with as_double(kind):
         return test_overlap.differences({"ep_size": 2}, own, model, 3, torch.float64)[0]
 
 
-def test_sharded_weights_are_there_for_two_micro_batches(ranks: Ranks) -> None:
-    assert max(ranks.run(4, sharded)) < 1e-9
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sharded_weights_are_there_for_two_micro_batches(ranks: Ranks, kind: str) -> None:
+    assert max(ranks.run(4, sharded, kind)) < 1e-9
 
 
 def refusals() -> list[str]:
@@ -128,6 +148,12 @@ def test_what_it_cannot_do_is_refused_by_name(ranks: Ranks) -> None:
         (["model.moe.diversity_coef=0.1"], "does not dispatch each assignment apart"),
         (["model.moe.router={kind: expert_choice}"], "needs a fixed number of experts per token, unlike expert_choice"),
         (["parallel.micro_batch_size=128"], "tokens_per_rank: 8192, and a micro-batch has 16384 tokens"),
+        ([SHARED, "parallel.device=cpu"], "symmetric_memory exchanges between GPUs, and parallel.device is cpu"),
+        ([SHARED, "parallel.ep_size=64", "model.moe.num_experts=64"], "exchanges between at most 32 ranks; use 32"),
+        (
+            ["parallel.dispatcher={kind: symmetric_memory, row_budget: 2}", TOP_P],
+            "top_p has no fixed number of experts",
+        ),
     ],
 )
 def test_a_config_that_it_cannot_do_is_refused(overrides: list[str], words: str) -> None:
@@ -178,5 +204,6 @@ def misuse() -> int:
     return refused + 1
 
 
-def test_one_rank_needs_no_library() -> None:
-    assert not isinstance(DEEPEP.build(Mesh.of_one(), 4), DeepEPDispatcher)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_one_rank_needs_no_library(kind: str) -> None:
+    assert isinstance(CONFIGS[kind].build(Mesh.of_one(), 4), LocalDispatcher)

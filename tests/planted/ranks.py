@@ -103,7 +103,7 @@ FAULTS = [
     ),
     in_package(
         "a repeated step has a budget again",
-        "moe/dispatch/budgeted_all_to_all.py",
+        "moe/dispatch/row_budget.py",
         "            self.has_static_sizes = False\n",
         "            pass\n",
         "tests/laws/test_expert_parallel.py::test_a_row_budget_changes_nothing",

@@ -30,7 +30,7 @@ from trainer.engine.weight_average import WeightAverage
 from trainer.models.freeze import is_frozen, rate_factors
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
-from trainer.moe.dispatch.budgeted_all_to_all import BudgetedAllToAllDispatcher
+from trainer.moe.dispatch.row_budget import RowBudget
 from trainer.moe.routing import RoutingOptions
 from trainer.moe.stats import experts_of
 from trainer.ops.noise import stable_hash
@@ -127,7 +127,7 @@ class StepEngine(Engine):
         If rows exceed the budget of a dispatcher, the gradient is dropped and computed again with exact sizes.
         """
         layers = [moe.dispatcher for moe in self.model.moe_layers()]
-        budgeted = [dispatcher for dispatcher in layers if isinstance(dispatcher, BudgetedAllToAllDispatcher)]
+        budgeted = [dispatcher for dispatcher in layers if isinstance(dispatcher, RowBudget)]
         with contextlib.ExitStack() as stack:
             for dispatcher in budgeted:
                 stack.enter_context(dispatcher.static_sizes())

@@ -7,7 +7,6 @@ import torch
 from trainer.distributed.rank_layout import Layout
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.moe.dispatch.registry import DeduplicatedDispatcherConfig, DeepEPDispatcherConfig
 from trainer.ops.package_experts import PACKAGE_EXPERTS
 from trainer.plan.assumed_load import AssumedLoad, skewed_shares
 from trainer.plan.assumed_values import UnknownValue
@@ -48,11 +47,10 @@ def load_of(
 
 
 def runnable(config: ExperimentConfig, device: str) -> ExperimentConfig:
-    """Return the config with the kernel that `device` would have, or one that stands for it under fake tensors."""
+    """Return the config with what `device` would have, or what stands for it under fake tensors."""
     parallel = config.parallel
-    if isinstance(parallel.dispatcher, DeepEPDispatcherConfig):  # it sends what this one does
-        parallel = parallel.model_copy(update={"dispatcher": DeduplicatedDispatcherConfig()})
-        config = config.model_copy(update={"parallel": parallel})
+    parallel = parallel.model_copy(update={"dispatcher": parallel.dispatcher.on_any_device()})
+    config = config.model_copy(update={"parallel": parallel})
     if parallel.experts_kernel in _NO_FAKES:
         config = config.model_copy(update={"parallel": parallel.model_copy(update={"experts_kernel": "grouped"})})
     return resolve_kernel(config, torch.device(device))

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.moe.dispatch.registry import DeepEPDispatcherConfig, LocalDispatcherConfig, WireOptions
+from trainer.moe.dispatch.registry import LocalDispatcherConfig, WireOptions
 from trainer.parallel.pipeline_stages import check_micro_batches
 from trainer.prove.cases import MAX_RANKS, Case, apply_case, reference
 from trainer.prove.many_ranks import many_ranks
@@ -68,7 +68,7 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             kinds = ["all_gather", "deduplicated_all_to_all"]
             if moe is not None and moe.capacity.factor is not None:
                 kinds.append("padded_all_to_all")
-            if not isinstance(dispatcher, WireOptions | LocalDispatcherConfig | DeepEPDispatcherConfig):
+            if not dispatcher.needs_gpus and not isinstance(dispatcher, WireOptions | LocalDispatcherConfig):
                 kinds.append(dispatcher.kind)  # a plug-in
             cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
             if num_experts > ep_size:

@@ -1,7 +1,6 @@
 """All-to-all with receive buffers of a fixed share of all rows, so that nothing waits for sizes in training."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from trainer.distributed.collectives import Group
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Outgoing
 from trainer.moe.dispatch.exchange_plan import ExchangePlan
 from trainer.moe.dispatch.exchanging import Bounds, Wire
+from trainer.moe.dispatch.row_budget import RowBudget
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
@@ -18,36 +18,24 @@ from trainer.ops.expert_order import ExpertOrder
 # T tokens, k slots, E experts, G ranks of the expert-parallel group, P rows from each rank to each rank.
 
 
-class BudgetedAllToAllDispatcher(AllToAllDispatcher):
+class BudgetedAllToAllDispatcher(RowBudget, AllToAllDispatcher):
     """Sends P rows from every rank to every rank: `row_budget` times an even share of a rank's T * k assignments.
 
-    Empty rows have weight 0. Rows beyond P do not travel but are counted in `overflow`: whoever reads it takes the
-    step again without a budget, so that the result is that of `all_to_all` in any case. Only passes inside of
-    `static_sizes`, with a fixed k, have a budget; all ranks have equally many tokens there.
+    Empty rows have weight 0. Rows beyond P do not travel.
     """
 
     def __init__(self, group: Group, num_experts: int, wire: Wire, row_budget: float) -> None:
         super().__init__(group, num_experts, wire)
-        self.row_budget, self.has_static_sizes = row_budget, False
-        self.overflow: Tensor | None = None
-        """Rows of this rank that found no place since the sizes became static."""
-
-    @contextmanager
-    def static_sizes(self) -> Iterator[None]:
-        """Use static sizes inside of a block, and count the overflow anew."""
-        self.has_static_sizes, self.overflow = True, None
-        try:
-            yield
-        finally:
-            self.has_static_sizes = False
+        self.row_budget = row_budget
 
     def prepare(self, x: Tensor, decision: RoutingDecision, chunks: Sequence[Bounds]) -> Outgoing:
         """Order the rows of x (T, D) by expert, padded to P for each rank, and plan their exchange."""
-        if not self.has_static_sizes or decision.top_k is None:
+        share = self.budget_of(decision)
+        if share is None:
             return super().prepare(x, decision, chunks)
         slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
         num_slots, size = slots.expert_index.numel(), self.group.size
-        budget = min(num_slots, -int(-self.row_budget * num_slots // size))
+        budget = min(num_slots, -int(-share * num_slots // size))
         order, counts = self._order(slots, budget)
         table = self.group.all_gather(counts)  # (G, E), read by nobody here
         first, end = self.bounds[self.group.index]
@@ -61,6 +49,5 @@ class BudgetedAllToAllDispatcher(AllToAllDispatcher):
         """Return the rows by receiver, then expert, with P for each receiver, and the (E,) assignments of experts."""
         counts, rank = slots.counts(), self.rank_of(slots.expert_index.reshape(-1))
         order, sent = slots.pad_queues(rank, self.group.size, budget, counts)
-        overflow = (sent - budget).clamp(min=0).sum()
-        self.overflow = overflow if self.overflow is None else self.overflow + overflow
+        self.add_overflow((sent - budget).clamp(min=0).sum())
         return order, counts

@@ -12,17 +12,15 @@ from torch import Tensor
 
 from trainer.distributed.collectives import Group
 from trainer.distributed.exchange import Arriving, UnderWay
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError
 from trainer.moe.dispatch.base import Dispatched, RunExperts
 from trainer.moe.dispatch.exchanging import ExchangingDispatcher
-from trainer.moe.dispatch.library_exchange import LibraryExchange
+from trainer.moe.dispatch.library_exchange import KEY, LibraryExchange, starting
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.packages import importing
 
 # T tokens, k slots, N copies of tokens that arrive, E experts, D d_model.
-
-_KEY = "parallel.dispatcher"
 
 
 class DeepEPDispatcher(ExchangingDispatcher):
@@ -43,7 +41,7 @@ class DeepEPDispatcher(ExchangingDispatcher):
         super().__init__(group, num_experts)
         if num_experts % group.size:
             raise ConfigError(
-                f"{_KEY}: deepep needs equally many experts on all ranks, and {num_experts} over ep_size {group.size} "
+                f"{KEY}: deepep needs equally many experts on all ranks, and {num_experts} over ep_size {group.size} "
                 "are not; use another ep_size, or all_to_all"
             )
         self.num_experts, self.tokens_per_rank = num_experts, tokens_per_rank
@@ -51,10 +49,10 @@ class DeepEPDispatcher(ExchangingDispatcher):
     def begin(self, x: Tensor, decision: RoutingDecision) -> UnderWay:
         """Start to send the tokens x (T, D) to the ranks of their experts."""
         if decision.top_k is None:
-            raise ConfigError(f"{_KEY}: deepep needs a fixed number of experts per token; use all_to_all")
+            raise ConfigError(f"{KEY}: deepep needs a fixed number of experts per token; use all_to_all")
         if len(x) > self.tokens_per_rank:
             raise ConfigError(
-                f"{_KEY}.tokens_per_rank: {self.tokens_per_rank}, and a pass has {len(x)} tokens; raise it, the same "
+                f"{KEY}.tokens_per_rank: {self.tokens_per_rank}, and a pass has {len(x)} tokens; raise it, the same "
                 "on all ranks, or lower parallel.micro_batch_size"
             )
         with self.step_timer.within("dispatch"):
@@ -97,8 +95,8 @@ def _new_buffer(group: Group, width: int, num_slots: int, tokens_per_rank: int) 
     Raises:
         ConfigError: if the package, or what it needs of the machine, is missing.
     """
-    try:
-        with importing("deep_ep", user=f"{_KEY}: deepep"):
+    with starting("DeepEP"):
+        with importing("deep_ep", user=f"{KEY}: deepep"):
             # pyrefly: ignore[missing-import]
             import deep_ep
         return deep_ep.ElasticBuffer(
@@ -108,11 +106,6 @@ def _new_buffer(group: Group, width: int, num_slots: int, tokens_per_rank: int) 
             num_topk=num_slots,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-    except ConfigError:
-        raise
-    except Exception as error:  # it checks GPUs, links and NCCL by assertions and errors of all kinds
-        problem = f"DeepEP does not start here: {type(error).__name__}: {first_line(error)}"
-        raise ConfigError(f"{_KEY}: {problem}; use all_to_all, or see docs/dispatchers.md for what it needs") from error
 
 
 class _Dispatch(LibraryExchange):

@@ -49,7 +49,11 @@ class ExchangingDispatcher(Dispatcher):
 
     def start(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
         """Start the exchange of rows ordered by receiver; they arrive in the wire dtype, ordered by sender."""
-        return self.depart(rows.bfloat16() if self.wire == "bfloat16" else rows, sizes)
+        return self.depart(self.on_wire(rows), sizes)
+
+    def on_wire(self, rows: Tensor) -> Tensor:
+        """Return rows in the wire dtype."""
+        return rows.bfloat16() if self.wire == "bfloat16" else rows
 
     def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
         """Start the exchange of rows in their own dtype."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 class DispatcherOptions(KindConfig):
     """Base class of all dispatcher configs."""
+
+    needs_gpus: ClassVar[bool] = False
+    """Rows travel by a library for GPUs."""
+
+    def on_any_device(self) -> DispatcherOptions:
+        """Return a dispatcher that sends the same rows on any device: itself, if it needs no GPU."""
+        return self
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Make the dispatcher of a rank."""
@@ -53,11 +60,14 @@ class ExchangeOptions(WireOptions):
     """
 
 
+RowShare = Annotated[float, Field(ge=1, le=1e4)]
+
+
 class AllToAllDispatcherConfig(ExchangeOptions):
     """Every row is sent to the rank of its expert; sizes are dynamic."""
 
     kind: Literal["all_to_all"] = "all_to_all"
-    row_budget: Annotated[float, Field(ge=1, le=1e4)] | None = None
+    row_budget: RowShare | None = None
     """Receive buffers of static size in training: this many times an even share of the rows, so that nothing waits for
     sizes. If more rows go from one rank to another, the step is taken again without a budget: the result is the same.
     Null: sizes are exchanged. For a fixed number of experts per token, one chunk and the native engine."""
@@ -130,6 +140,7 @@ class HierarchicalDispatcherConfig(ExchangeOptions):
 class DeepEPDispatcherConfig(DispatcherOptions):
     """`deduplicated_all_to_all` by DeepEP's kernels, in bfloat16, between GPUs. Proven on a double only."""
 
+    needs_gpus: ClassVar[bool] = True
     kind: Literal["deepep"] = "deepep"
     tokens_per_rank: Annotated[int, Field(ge=1, le=1 << 20)] = 8192
     """Most tokens that a rank sends in one pass, such as `micro_batch_size` x `seq_len`: buffers are made for them."""
@@ -137,6 +148,10 @@ class DeepEPDispatcherConfig(DispatcherOptions):
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield the package that it is from."""
         yield "kind", "deep_ep"
+
+    def on_any_device(self) -> DispatcherOptions:
+        """Return the dispatcher that sends the same rows by collectives."""
+        return DeduplicatedDispatcherConfig()
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Create the dispatcher: `local` if all experts are on one rank."""
@@ -147,6 +162,29 @@ class DeepEPDispatcherConfig(DispatcherOptions):
         return DeepEPDispatcher(mesh.ep, num_experts, self.tokens_per_rank)
 
 
+class SymmetricMemoryDispatcherConfig(WireOptions):
+    """`all_to_all` through torch's symmetric memory (NVSHMEM), between at most 32 GPUs. Proven on a double only."""
+
+    needs_gpus: ClassVar[bool] = True
+    kind: Literal["symmetric_memory"] = "symmetric_memory"
+    row_budget: RowShare | None = None
+    """Rows that a rank receives in training, in even shares, so that the host waits for nothing: the rest of them is
+    empty. If more rows go to one rank, the step is taken again without a budget: the result is the same. Null: sizes
+    are awaited. For a fixed number of experts per token and the native engine."""
+
+    def on_any_device(self) -> DispatcherOptions:
+        """Return the dispatcher that sends the same rows by collectives."""
+        return AllToAllDispatcherConfig(wire=self.wire, row_budget=self.row_budget)
+
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
+        """Create the dispatcher: `local` if all experts are on one rank."""
+        if mesh.ep.size == 1:
+            return LocalDispatcherConfig().build(mesh, num_experts)
+        from trainer.moe.dispatch.symmetric_memory import SymmetricMemoryDispatcher
+
+        return SymmetricMemoryDispatcher(mesh.ep, num_experts, self.wire, self.row_budget)
+
+
 DispatcherConfig = Annotated[
     LocalDispatcherConfig
     | AllToAllDispatcherConfig
@@ -154,7 +192,8 @@ DispatcherConfig = Annotated[
     | DeduplicatedDispatcherConfig
     | AllGatherDispatcherConfig
     | HierarchicalDispatcherConfig
-    | DeepEPDispatcherConfig,
+    | DeepEPDispatcherConfig
+    | SymmetricMemoryDispatcherConfig,
     Field(discriminator="kind"),
     Pluggable("dispatchers", DispatcherOptions),
 ]
