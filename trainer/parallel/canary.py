@@ -17,7 +17,7 @@ from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError
 from trainer.moe.dispatch.base import Dispatcher
-from trainer.moe.dispatch.registry import ExchangeOptions
+from trainer.moe.dispatch.registry import DispatcherOptions, WireOptions
 from trainer.ops.kernel_canary import kernel_fault
 from trainer.ops.kernels import ExpertsKernel, emulation_of, fallback_kernels, run_experts
 from trainer.ops.layer_widths import LayerWidths
@@ -100,6 +100,12 @@ def first_sound(
             refused.setdefault(name, fault if group.size == 1 else f"rank {rank}: {fault}")
 
 
+def row_dtypes(dispatcher: DispatcherOptions, dtype: torch.dtype) -> RowDtypes:
+    """Return the dtypes of rows that a dispatcher sends, given that of the experts' products."""
+    rounds = isinstance(dispatcher, WireOptions) and dispatcher.wire == "bfloat16"
+    return RowDtypes(compute=dtype, wire=torch.bfloat16 if rounds else dtype)
+
+
 def check_dispatcher(
     config: ParallelConfig, dtype: torch.dtype, num_experts: int, mesh: Mesh, device: torch.device
 ) -> None:
@@ -109,9 +115,7 @@ def check_dispatcher(
         ConfigError: on all ranks, if it is wrong on one.
     """
     dispatcher = build_plugin(config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, num_experts)
-    rounds = isinstance(config.dispatcher, ExchangeOptions) and config.dispatcher.wire == "bfloat16"
-    dtypes = RowDtypes(compute=dtype, wire=torch.bfloat16 if rounds else dtype)
-    found = dispatcher_fault(dispatcher, mesh, num_experts, dtypes, device)
+    found = dispatcher_fault(dispatcher, mesh, num_experts, row_dtypes(config.dispatcher, dtype), device)
     if not mesh.host.any(found is not None):
         return
     faults = mesh.host.all_gather_objects(found)

@@ -15,7 +15,7 @@ from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
 from trainer.ops.expert_ffn import loop_ffn
 from trainer.ops.kernels import fallback_kernels
 from trainer.ops.layer_widths import LayerWidths
-from trainer.parallel.canary import CanaryReport, first_sound, run_canary
+from trainer.parallel.canary import CanaryReport, check_dispatcher, first_sound, run_canary
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 
 CPU = torch.device("cpu")
@@ -152,3 +152,14 @@ def test_a_wrong_dispatcher_is_refused_on_all_ranks_with_the_rank_and_a_remedy(r
     # Rank 0 gets doubled gradients of what it sent and computed.
     assert f"parallel.dispatcher: {BENT} is wrong on these ranks: rank 0: pass 1: the gradient of" in answers[0]
     assert "such as all_to_all" in answers[0] and "parallel.kernel_canary=off" in answers[0]
+
+
+def _rounding(kind: str) -> None:
+    dispatcher = {"kind": kind, "wire": "bfloat16"}
+    config = ParallelConfig.model_validate({"experts_kernel": "loop", "dispatcher": dispatcher})
+    check_dispatcher(config, torch.float32, 4, mesh_here(ep_size=2), CPU)
+
+
+@pytest.mark.parametrize("kind", ["all_to_all", "deduplicated_all_to_all"])
+def test_rows_that_the_config_rounds_are_not_wrong(ranks: Ranks, kind: str) -> None:
+    ranks.run(2, _rounding, kind)
