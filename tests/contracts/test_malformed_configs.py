@@ -1106,9 +1106,6 @@ CASES = [
           "x.yaml:3:12: parallel.cp_size: ulysses gives each of 8 ranks a head, and model.num_heads is 4; use at "
           "most 4",
           "x.yaml:3:24: parallel.compile: true does not go with cp_size 8 yet; use false, or cp_size: 1"]),
-    Case("micro-batches that overlap in stages",
-         NAMED + "parallel: {pp_size: 2, overlap: micro_batches}\n",
-         ["x.yaml:2:24: parallel.overlap: it does not go with parallel.pp_size 2; leave it out, or pp_size: 1"]),
     Case("micro-batches that overlap under DeepSpeed",
          NAMED + "engine: {kind: deepspeed}\nparallel: {overlap: micro_batches}\n",
          ["x.yaml:3:12: parallel.overlap: it does not go with the DeepSpeed engine; use engine.kind native"]),

@@ -47,6 +47,7 @@ OF_FOUR = {
     "heads, sharded": ["parallel.tp_size=2", "parallel.data=shard", "parallel.recompute=norms_and_activations"],
     "rows shared in a ring": ["parallel.cp_size=4", "parallel.cp=ring", "parallel.recompute=block"],
     "experts over a stage": [*STAGES, "parallel.ep_size=2", "parallel.data=shard", "parallel.shard_keeps=weights"],
+    "stages whose micro-batches overlap": [*STAGES, "parallel.ep_size=2", "parallel.overlap=micro_batches"],
     "four stages": [*STAGES, "parallel.pp_size=4"],  # last: torch names groups by how many there were
 }
 

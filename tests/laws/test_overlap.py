@@ -1,5 +1,6 @@
 """Law: micro-batches that overlap learn the same, and one is computed while the rows of the other travel."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from trainer.distributed.flight_recorder import FlightRecorder, Operation
 from trainer.distributed.rank_layout import Layout
 from trainer.engine.native import NativeEngine
 from trainer.moe.dispatch.registry import ExchangeOptions
+from trainer.moe.layer import InFlight, MoE
+from trainer.moe.stats import MoEStats
 from trainer.parallel.config import ParallelConfig
 
 STEPS, ROWS, SEQ_LEN = 3, 12, 8
@@ -156,12 +159,12 @@ def test_a_pair_is_the_same_bits(ranks: Ranks, dtype: torch.dtype) -> None:
 class _Trace(FlightRecorder):
     """Writes down, in their order, exchanges that start or are awaited, and what is computed for which micro-batch."""
 
-    def __init__(self, *, backward: tuple[int, int]) -> None:
-        """Begin; `backward` are the numbers of two micro-batches in the order of their backward passes."""
+    def __init__(self, *, backward: Sequence[int]) -> None:
+        """Begin; `backward` are the numbers of the micro-batches in the order of their backward passes."""
         super().__init__()
         self.events: list[tuple[str, int]] = []
         """What, and the number of the exchange or the micro-batch."""
-        self._order = {"forward": (0, 1), "backward": backward}
+        self._order = {"forward": range(len(backward)), "backward": backward}
 
     def note(self, name: str, group: str, sizes: Any) -> Operation:
         operation = super().note(name, group, sizes)
@@ -187,22 +190,39 @@ class _Trace(FlightRecorder):
 
         module.register_forward_hook(after)
 
+    def follow_output(self, moe: MoE) -> None:
+        """Write down whose gradient reaches the output of a layer: a stage may begin its backward pass there."""
+        finish, left = moe.finish, list(self._order["backward"])
 
-def exchanges(overlap: str) -> list[tuple[int, list[tuple[str, int]]]]:
-    """Return for each exchange of a step of two micro-batches whose rows it has, and what is computed meanwhile."""
-    trace = _Trace(backward=(0, 1) if overlap == "none" else (1, 0))
-    engine = _engine({"ep_size": 2}, {"overlap": overlap}, {"moe": {"balance": {"coef": 0.0}}}, recorder=trace)
-    for block, moe in zip(engine.model.blocks, engine.model.moe_layers(), strict=True):
+        def finished(computed: InFlight) -> tuple[Tensor, MoEStats]:
+            out, stats = finish(computed)
+            out.register_hook(lambda _: self.events.append(("begin", left.pop(0))))
+            return out, stats
+
+        moe.finish = finished  # type: ignore[method-assign]
+
+
+def exchanges(
+    overlap: str, layout: dict[str, Any] | None = None, num_pieces: int = 2
+) -> list[tuple[int, list[tuple[str, int]]]]:
+    """Return for each exchange of a step whose rows it has, and what is computed meanwhile; there are two layers."""
+    numbers, layout = range(num_pieces), layout or {"ep_size": 2}
+    trace = _Trace(backward=numbers if overlap == "none" else [number ^ 1 for number in numbers])
+    model = {"moe": {"balance": {"coef": 0.0}}, "num_layers": 2 * layout.get("pp_size", 1)}
+    engine = _engine(layout, {"overlap": overlap}, model, recorder=trace)
+    for (_, block), moe in zip(engine.model.blocks.numbered(), engine.model.moe_layers(), strict=True):
         trace.follow(block.get_submodule("attention"), "attention")
         trace.follow(moe.experts, "experts")
-    trace.follow(engine.model.norm, "loss")
-    engine.train_step(_share(0, engine.mesh.layout, 2, is_packed=False), lr=1e-3)
+        trace.follow_output(moe)
+    if engine.passes.has_last:
+        trace.follow(engine.model.norm, "loss")
+    engine.train_step(_share(0, engine.mesh.layout, num_pieces, is_packed=False), lr=1e-3)
     found, events = [], trace.events
     for index, (what, number) in enumerate(events):
         if what == "start":
             owner = next(of for part, of in reversed(events[:index]) if part not in ("start", "wait"))
             meanwhile = events[index : events.index(("wait", number))]
-            found.append((owner, [event for event in meanwhile if event[0] not in ("start", "wait")]))
+            found.append((owner, [event for event in meanwhile if event[0] not in ("start", "wait", "begin")]))
     return found
 
 

@@ -49,12 +49,12 @@ class RunLayers:
         with self.engine.autocast():
             return self.engine.model(batch, self.options, hidden=hidden, layers=layers)
 
-    def overlapped(self, batches: Sequence[Batch]) -> list[GPTOutput]:
-        """Return what all layers give of two batches, one of which is computed while tokens of the other travel."""
+    def overlapped(self, batches: Sequence[Batch], hidden: Sequence[Tensor | None], layers: range) -> list[GPTOutput]:
+        """Return what some layers give of two batches, one of which is computed while tokens of the other travel."""
         self.engine.before_forward()
         # A cast that both used would sum their gradients in bfloat16.
         with self.engine.autocast(keeps_casts=False):
-            return self.engine.model.overlapped(batches, self.options)
+            return self.engine.model.overlapped(batches, self.options, hidden=hidden, layers=layers)
 
 
 class Gradients(Protocol):
@@ -120,7 +120,7 @@ class OverlappedModel(WholeModel):
         pairs = [batches[i : i + 2] for i in range(0, len(batches) - 1, 2)]
         for pair in pairs:
             self._recorder.enter("forward")
-            outputs = zip(run.overlapped(pair), pair, strict=True)
+            outputs = zip(run.overlapped(pair, [None, None], self._layers), pair, strict=True)
             parts = [share(output, batch, self._layers) for output, batch in outputs]
             self._recorder.enter("backward")
             gradients.begin_backward(is_last=pair[-1] is batches[-1])

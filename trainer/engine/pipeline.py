@@ -10,6 +10,9 @@ every rank of a column has the rows of its micro-batches, so nothing but the res
 The objective is a sum over layers (moe/losses.py), so each stage has its share of it: its backward pass begins with the
 gradient of its hidden output and with a 1 for its share.
 
+Where exchanges of experts' rows overlap, a pass of the schedule is that of a pair of micro-batches: inside a stage one
+is computed while rows of the other travel, as in the whole model (engine/passes.py).
+
 # B rows of a micro-batch, S tokens in a row, D d_model.
 """
 
@@ -24,18 +27,23 @@ from torch.distributed import pipelining
 from trainer.data.batches.batch import Batch
 from trainer.distributed.collectives import Group
 from trainer.engine.passes import Gradients, RunLayers, Share, Take
+from trainer.models.gpt import GPTOutput
 from trainer.parallel.pipeline_stages import PipelineStages
 
 
 class Pipeline:
     """The stages of one rank, and the order in which it runs them."""
 
-    def __init__(self, stages: PipelineStages, group: Group, *, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stages: PipelineStages, group: Group, *, width: int, dtype: torch.dtype, at_once: int = 1
+    ) -> None:
         """Create the stages of a member of `group`, whose ranks hold one copy of the model together.
 
-        `width` and `dtype` are those of the residual stream.
+        `width` and `dtype` are those of the residual stream; `at_once` is the number of micro-batches of a pass: 2 if
+        they overlap.
         """
         self.stages, self._group, self._width, self._dtype = stages, group, width, dtype
+        self._at_once = at_once
         self._recorder = group.recorder
         self.mine = stages.of_rank(group.index)
         """Numbers of the stages here, in the order of the layers."""
@@ -45,32 +53,35 @@ class Pipeline:
 
     def train(self, batches: Sequence[Batch], run: RunLayers, share: Share, gradients: Gradients) -> None:
         """Run all micro-batches forward and backward, in the order of the schedule."""
+        passes = [batches[i : i + self._at_once] for i in range(0, len(batches), self._at_once)]
         num_backward = 0
 
         def begin() -> None:
             nonlocal num_backward
             num_backward += 1
             self._recorder.enter("backward")
-            gradients.begin_backward(is_last=num_backward == len(batches) * len(self.mine))
+            gradients.begin_backward(is_last=num_backward == len(passes) * len(self.mine))
 
         def forward(hidden: Tensor | None, number: int, layers: range) -> Tensor:
             self._recorder.enter("forward")
-            output = run(batches[number], hidden, layers)
-            part = share(output, batches[number], layers)
-            hidden = output.hidden
-            if hidden is None:
+            outputs = self._run(passes[number], hidden, run, layers)
+            parts = [share(*one, layers) for one in zip(outputs, passes[number], strict=True)]
+            part = torch.stack(parts).sum()
+            after = [output.hidden for output in outputs if output.hidden is not None]
+            if not after:
                 return _StageOutput.apply(part, part.new_zeros(()), _anchor(part), begin)
-            assert hidden.dtype == self._dtype, f"the residual stream is {hidden.dtype}, not {self._dtype}"
-            return _StageOutput.apply(hidden, part, _anchor(part), begin)
+            assert after[0].dtype == self._dtype, f"the residual stream is {after[0].dtype}, not {self._dtype}"
+            return _StageOutput.apply(self._joined(after), part, _anchor(part), begin)
 
         for module in self._modules.values():
             module.run = forward
         shapes = {batch.tokens.shape for batch in batches}
         assert len(shapes) == 1, f"micro-batches of a step have one shape, not {shapes}"
-        numbers = torch.arange(len(batches))  # on the host: each stage reads its own
+        [(B, S)] = shapes
+        numbers = torch.arange(len(passes))  # on the host: each stage reads its own
         try:
-            self._schedule(len(batches), *shapes.pop()).step(
-                number=numbers, target=torch.zeros(len(batches)), return_outputs=False
+            self._schedule(len(passes), B * self._at_once, S).step(
+                number=numbers, target=torch.zeros(len(passes)), return_outputs=False
             )
         except RuntimeError as error:
             if error.__cause__ is not None:  # torch wraps what a stage raises
@@ -107,14 +118,26 @@ class Pipeline:
         for pending in sent:
             pending.wait()
 
-    def _schedule(self, num_micro_batches: int, B: int, S: int) -> Any:
+    def _run(self, batches: Sequence[Batch], hidden: Tensor | None, run: RunLayers, layers: range) -> list[GPTOutput]:
+        """Return what some layers give of the micro-batches of a pass, from the residual streams before them."""
+        if len(batches) == 1:
+            return [run(batches[0], None if hidden is None else hidden[: len(batches[0].tokens)], layers)]
+        before = [None] * len(batches) if hidden is None else hidden.chunk(len(batches))
+        return run.overlapped(batches, before, layers)
+
+    def _joined(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Return the residual streams of a pass in one message; the last pass of an odd number sends zeros beside."""
+        missing = [torch.zeros_like(hidden[0])] * (self._at_once - len(hidden))
+        return torch.cat([*hidden, *missing]) if self._at_once > 1 else hidden[0]
+
+    def _schedule(self, num_passes: int, B: int, S: int) -> Any:
         """Return the schedule of a step; its buffers are kept for the next one of this shape."""
-        key = num_micro_batches, B, S
+        key = num_passes, B, S
         if key not in self._schedules:
             self._schedules = {key: self._new_schedule(*key)}
         return self._schedules[key]
 
-    def _new_schedule(self, num_micro_batches: int, B: int, S: int) -> Any:
+    def _new_schedule(self, num_passes: int, B: int, S: int) -> Any:
         device = self._group.device
         hidden = torch.empty(B, S, self._width, dtype=self._dtype, device="meta", requires_grad=True)
         number = torch.empty((), dtype=self._dtype, device="meta")
@@ -135,7 +158,7 @@ class Pipeline:
         own = self.stages.schedule
         schedule = getattr(pipelining, own.torch_name)
         given = stages if own.takes_list else stages[0]
-        return schedule(given, num_micro_batches, loss_fn=lambda share, _: share, scale_grads=False)
+        return schedule(given, num_passes, loss_fn=lambda share, _: share, scale_grads=False)
 
 
 def _anchor(like: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class StepEngine(Engine):
             return whole(config.num_layers, mesh.world.recorder)
         from trainer.engine.pipeline import Pipeline  # which imports torch's pipelining
 
-        stages = pipeline_stages(config, model.vocab_size, mesh.layout)
-        return Pipeline(stages, mesh.pp, width=config.d_model, dtype=next(model.parameters()).dtype)
+        stages, dtype = pipeline_stages(config, model.vocab_size, mesh.layout), next(model.parameters()).dtype
+        return Pipeline(stages, mesh.pp, width=config.d_model, dtype=dtype, at_once=1 + model.overlaps)
 
     # Gradients: implemented by each engine
 

@@ -70,7 +70,7 @@ class Blocks(nn.ModuleList):
         return x, tuple(moe)
 
     def run_overlapped(
-        self, xs: Sequence[Tensor], given: Sequence[MicroBatch], config: ModelConfig
+        self, xs: Sequence[Tensor], given: Sequence[MicroBatch], config: ModelConfig, layers: range
     ) -> Iterator[tuple[Tensor, tuple[MoEStats, ...]]]:
         """Yield what `run` returns for each of two micro-batches: tokens of one travel while the other is computed.
 
@@ -80,9 +80,9 @@ class Blocks(nn.ModuleList):
         The last tokens of the second are under way until it is asked for. The backward pass runs the nodes of one graph
         in reverse order, so gradients travel likewise, if the objectives are summed.
         """
-        inputs = [of_batch.inputs(config, self.numbers) for of_batch in given]
+        inputs = [of_batch.inputs(config, layers) for of_batch in given]
         streams, moe = [Stream(x) for x in xs], []
-        for layer, block in self.numbered():
+        for layer, block in self.numbered(layers):
             streams, before = block.overlapped(streams, [of_batch[layer] for of_batch in inputs])
             moe.append(before)
         for number, stream in enumerate(streams):

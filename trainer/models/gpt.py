@@ -105,15 +105,16 @@ class GPT(nn.Module):
         layers = range(self.config.num_layers) if layers is None else layers
         x, given = self._begin(batch, options, hidden)
         hidden, moe = self.blocks.run(x, given, self.config, layers)
-        if layers.stop < self.config.num_layers:
-            return GPTOutput(logits=None, row_loss=x.new_zeros(len(x)), moe=moe, hidden=hidden)
-        return self._output(hidden, moe, batch, want_logits)
+        return self._output(hidden, moe, batch, layers, want_logits)
 
-    def overlapped(self, batches: Sequence[Batch], options: RoutingOptions = _DEFAULTS) -> list[GPTOutput]:
+    def overlapped(
+        self, batches: Sequence[Batch], options: RoutingOptions, *, hidden: Sequence[Tensor | None], layers: range
+    ) -> list[GPTOutput]:
         """Return what `forward` does of two micro-batches; one is computed while tokens of the other travel."""
-        xs, given = zip(*(self._begin(batch, options, None) for batch in batches), strict=True)
-        found = zip(self.blocks.run_overlapped(xs, given, self.config), batches, strict=True)
-        return [self._output(hidden, moe, batch, want_logits=False) for (hidden, moe), batch in found]
+        begun = zip(batches, hidden, strict=True)
+        xs, given = zip(*(self._begin(batch, options, before) for batch, before in begun), strict=True)
+        found = zip(self.blocks.run_overlapped(xs, given, self.config, layers), batches, strict=True)
+        return [self._output(after, moe, batch, layers, want_logits=False) for (after, moe), batch in found]
 
     def _begin(self, batch: Batch, options: RoutingOptions, hidden: Tensor | None) -> tuple[Tensor, MicroBatch]:
         """Return the residual stream (B, S, D) before the blocks, and what else they need."""
@@ -126,8 +127,12 @@ class GPT(nn.Module):
         rotary = rotary_embedding(self.config, positions, x.dtype)
         return x, MicroBatch(rotary=rotary, context=context, masks=self._masks(batch))
 
-    def _output(self, hidden: Tensor, moe: tuple[MoEStats, ...], batch: Batch, want_logits: bool) -> GPTOutput:
-        """Return the losses of a micro-batch from the residual stream (B, S, D) after the blocks."""
+    def _output(
+        self, hidden: Tensor, moe: tuple[MoEStats, ...], batch: Batch, layers: range, want_logits: bool
+    ) -> GPTOutput:
+        """Return the residual stream (B, S, D) after some layers, or the losses of a micro-batch after the last."""
+        if layers.stop < self.config.num_layers:
+            return GPTOutput(logits=None, row_loss=hidden.new_zeros(len(hidden)), moe=moe, hidden=hidden)
         row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
         vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe, vocab_z=vocab_z)

@@ -82,7 +82,8 @@ class ParallelConfig(Config):
     """Computation that hides exchanges of rows, beside the shared experts, which always do. `micro_batches`: pairs of
     a step's micro-batches pass through the layers together, and attention and experts of one are computed while rows of
     the other travel, forward and backward (DualPipe, Megatron-Core's 1F1B overlap, vLLM's DBO). Activations of two are
-    alive. With `ep_size: 1` nothing is exchanged, and they run one by one. For the native engine without stages."""
+    alive. With `ep_size: 1` nothing is exchanged, and they run one by one. With `pp_size` a pass of the schedule is
+    that of a pair. For the native engine."""
     timeout_s: Annotated[float, Field(ge=0.1, le=1e8)] = 60.0
     """Seconds that a collective may take before a rank counts as lost; reading data and saving may take longer."""
     check_copies_every: Count | None = 100
@@ -126,6 +127,11 @@ class ParallelConfig(Config):
     def overlaps(self) -> bool:
         """Whether two micro-batches pass through the layers together."""
         return self.overlap == "micro_batches" and self.ep_size > 1
+
+    @property
+    def at_once(self) -> int:
+        """Micro-batches that pass through the layers together."""
+        return 1 + self.overlaps
 
     @property
     def row_size(self) -> int:

@@ -86,21 +86,28 @@ def pipeline_stages(config: ModelConfig, vocab_size: int, degrees: Degrees) -> P
     return PipelineStages(layers=layers, num_ranks=degrees.pp_size, schedule=schedule)
 
 
-def check_micro_batches(degrees: Degrees, number: int) -> None:
-    """Check that the schedule can order so many micro-batches of a step.
+def num_passes(num_micro_batches: int, at_once: int) -> int:
+    """Return the passes that a schedule orders: of micro-batches, or of pairs of them that overlap (`at_once` 2)."""
+    return -(-num_micro_batches // at_once)
+
+
+def check_micro_batches(degrees: Degrees, num_micro_batches: int, *, at_once: int = 1) -> None:
+    """Check that the schedule can order so many micro-batches of a step, of which `at_once` pass together.
 
     Raises:
         ConfigError: if they are too few, or of a wrong number.
     """
     size, given = degrees.pp_size, f"{degrees.pp_schedule} over {degrees.pp_size} groups of ranks"
+    number = num_passes(num_micro_batches, at_once)
+    what = "micro-batches" if at_once == 1 else "pairs of micro-batches (parallel.overlap)"
     remedy = "lower parallel.micro_batch_size, or raise train.global_batch_size"
     least = {"gpipe": 1, "1f1b": size, "interleaved_1f1b": 1, "zbv": 1, "dualpipe_v": 2 * size}[degrees.pp_schedule]
     if number < least:
-        problem = f"{given} needs {least} micro-batches in a step, and a rank has {number}"
+        problem = f"{given} needs {least} {what} in a step, and a rank has {number}"
         raise ConfigError(f"parallel.pp_schedule: {problem}; {remedy}, or use gpipe")
     rounds = max(1, number // size)
     if degrees.pp_schedule == "interleaved_1f1b" and number % rounds:
-        problem = f"{given} takes a multiple of {rounds} micro-batches, and a rank has {number} in a step"
+        problem = f"{given} takes a multiple of {rounds} {what}, and a rank has {number} in a step"
         raise ConfigError(f"parallel.pp_schedule: {problem}; {remedy}")
 
 

@@ -118,7 +118,7 @@ def _is_excluded(layout: PlannedLayout, plan: Plan) -> bool:
 def _time(
     config: ExperimentConfig, layout: PlannedLayout, cost: StepCost, cluster: Cluster, links: Links | None
 ) -> StepTime:
-    idle = layout.idle(layout.micro_batches(config, cluster.world_size))
+    idle = layout.idle(layout.passes(config, cluster.world_size))
     return step_time(cost, cluster.gpu, ranks_per_node=cluster.per_node, links=links, idle=idle)
 
 

@@ -72,9 +72,10 @@ def least_row_bytes(config: ExperimentConfig, layout: PlannedLayout) -> int:
 
 def kept_share(config: ExperimentConfig, layout: PlannedLayout, world_size: int, stages: PipelineStages) -> float:
     """Return the layers that the fullest rank of a pipeline keeps passes of, over those of the model."""
-    number = layout.micro_batches(config, world_size)
+    number = layout.passes(config, world_size)
     kept = (kept_layers(layout.pp_schedule, stages, rank, number) for rank in range(stages.num_ranks))
-    return max(kept) / config.model.num_layers
+    # The last pass of an odd number of micro-batches may be all that a rank keeps.
+    return max(kept) * (layout.at_once(config) if number > 1 else 1) / config.model.num_layers
 
 
 def estimated_seconds(config: ExperimentConfig, layout: PlannedLayout, cluster: Cluster, num_ids: int) -> float:
@@ -112,7 +113,7 @@ def estimated_seconds(config: ExperimentConfig, layout: PlannedLayout, cluster: 
         inside = dense / link(shards) + (local / link(shards) if shards > ep else 0)
         sums = (times * low + 4 * reduced) * inside + (8 / shards) * (dense + local) / link(num_ranks)
     worked = max(computation, started) if reached.starts_ahead else computation + started
-    waited = (worked + exchanged) * layout.idle(number)
+    waited = (worked + exchanged) * layout.idle(layout.passes(config, cluster.world_size))
     return worked + exchanged + waited + sums - min(sums, worked) * reached.overlap
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from trainer.distributed.rank_layout import Degrees, ScheduleName
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.parallel.pipeline_stages import SCHEDULES, check_micro_batches
+from trainer.parallel.pipeline_stages import SCHEDULES, check_micro_batches, num_passes
 from trainer.plan.gpus import Gpu
 
 Engine = Literal["native", "deepspeed"]
@@ -106,17 +106,25 @@ class PlannedLayout:
         """Return the micro-batches of a step."""
         return -(-self.rows(config, world_size) // self.micro_batch_size)
 
+    def at_once(self, config: ExperimentConfig) -> int:
+        """Return the micro-batches that pass through the layers together."""
+        return 2 if config.parallel.overlap == "micro_batches" and self.ep_size > 1 else 1
+
+    def passes(self, config: ExperimentConfig, world_size: int) -> int:
+        """Return the passes that a schedule orders in a step."""
+        return num_passes(self.micro_batches(config, world_size), self.at_once(config))
+
     @property
     def stages_per_rank(self) -> int:
         """Stages of the pipeline that a rank has."""
         return SCHEDULES[self.pp_schedule].stages_per_rank
 
-    def idle(self, num_micro_batches: int) -> float:
+    def idle(self, num_passes: int) -> float:
         """Return the time that a rank of a pipeline waits for its stages to fill and empty, by that in which it works.
 
         A stage of two on each rank is half as long.
         """
-        return (self.pp_size - 1) / (self.stages_per_rank * num_micro_batches)
+        return (self.pp_size - 1) / (self.stages_per_rank * num_passes)
 
     def contains(self, other: "PlannedLayout") -> bool:
         """Return whether this layout surely needs at least the memory of another one."""
@@ -153,7 +161,7 @@ def layouts_of(config: ExperimentConfig, cluster: Cluster, choices: Choices) -> 
                     for size in sizes:
                         if groups.cp_size > 1 and size > 1 and choices.cp_sizes is None:
                             continue  # whole rows would do
-                        if _has_order(groups, -(-rows // size)):
+                        if _has_order(one, num_passes(-(-rows // size), one.at_once(config))):
                             yield replace(one, recompute=recompute, micro_batch_size=size)
 
 
@@ -197,7 +205,7 @@ def _stages(cluster: Cluster, choices: Choices) -> Iterator[int]:
 
 
 def _has_order(layout: PlannedLayout, number: int) -> bool:
-    """Return whether a schedule can order so many micro-batches: no stage waits for more than it works."""
+    """Return whether a schedule can order so many passes: no stage waits for more than it works."""
     if layout.pp_size == 1:
         return True
     if number < layout.pp_size:

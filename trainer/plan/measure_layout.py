@@ -35,7 +35,7 @@ def measure_layout(
 def _measured(config: ExperimentConfig, ranks: Ranks, *, whole: bool) -> StepCost:
     num_batches = shape_of_batches(config, ranks.world_size)[0]
     # Steps of one are different: they need no counting pass, and no gradients are accumulated. Pairs are units.
-    unit = 2 if config.parallel.overlaps else 1
+    unit = config.parallel.at_once
     taken = num_batches if whole or num_batches <= 3 * unit else 3 * unit - num_batches % unit
     step = fake_rank(config, ranks, micro_batches=(max(1, taken - unit), taken))
     return cost_of(step) if taken == num_batches else with_micro_batches(step, taken, num_batches, unit=unit)

@@ -3,7 +3,7 @@
 A shorter pipeline of stages of fewer layers is measured, and its costs are extrapolated: linear in the layers of a
 stage, in micro-batches, and in the passes that are kept at once.
 
-# P ranks of a pipeline, n micro-batches, L layers.
+# P ranks of a pipeline, n passes of a schedule: of micro-batches, or of pairs of them that overlap; L layers.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final
 
 from trainer.experiment import ExperimentConfig
-from trainer.parallel.pipeline_stages import SCHEDULES, PipelineStages, pipeline_stages
+from trainer.parallel.pipeline_stages import SCHEDULES, PipelineStages, num_passes, pipeline_stages
 from trainer.plan.fake_step import num_ids_of
 from trainer.plan.kept_passes import PLANNED, kept_layers, kept_passes
 from trainer.plan.layer_pattern import layer_pattern
@@ -40,14 +40,14 @@ class _Place:
     """Layers of its stages to measure; empty: those of the model."""
     first: int
     taken: int
-    """Micro-batches of the step before, and of the one that is measured: while most passes are kept, there are already
+    """Passes of the step before, and of the one that is measured: while most of them are kept, there are already
     gradients of all layers."""
 
 
 def measure_stages(config: ExperimentConfig, ranks: Ranks, *, whole: bool, pool: Executor | None) -> StepCost:
     """Return the memory of the fullest rank of a pipeline, and the work of the busiest one."""
     stages = pipeline_stages(config.model, num_ids_of(config), config.parallel.degrees)
-    number = shape_of_batches(config, ranks.world_size)[0]
+    number = num_passes(shape_of_batches(config, ranks.world_size)[0], config.parallel.at_once)
     if whole:
         steps = [fake_rank(config, ranks, pp_rank=rank) for rank in range(stages.num_ranks)]
         return _worst([_of_rank(cost_of(step), rank, stages) for rank, step in enumerate(steps)])
@@ -103,12 +103,15 @@ def _measured(config: ExperimentConfig, ranks: Ranks, work: tuple[_Place, int | 
         own = own.model_copy(update={"pp_size": place.size, "pp_layers": (layers,) * stages})
     shorter = config.model_copy(update={"model": model, "parallel": own})
     ranks = replace(ranks, world_size=ranks.world_size // P * own.pp_size)
-    return fake_rank(shorter, ranks, pp_rank=place.index, micro_batches=(place.first, place.taken))
+    batches = shape_of_batches(shorter, ranks.world_size)[0]
+    first, taken = (min(passes * own.at_once, batches) for passes in (place.first, place.taken))
+    return fake_rank(shorter, ranks, pp_rank=place.index, micro_batches=(first, taken))
 
 
 def _in_flight(config: ExperimentConfig, ranks: Ranks, place: _Place, step: ProbedStep, number: int) -> StepCost:
-    """Extrapolate a step to all micro-batches, and to the passes that are kept at once in the whole pipeline."""
+    """Extrapolate a step to all its passes, and to those that are kept at once in the whole pipeline."""
     own, cost, first, taken = config.parallel, cost_of(step), place.first, place.taken
+    num_micro_batches = shape_of_batches(config, ranks.world_size)[0]
     here, wanted = (
         kept_passes(own.pp_schedule, size, rank, n)
         for size, rank, n in ((place.size, place.index, taken), (own.pp_size, place.rank, number))
@@ -117,8 +120,8 @@ def _in_flight(config: ExperimentConfig, ranks: Ranks, place: _Place, step: Prob
     more = sum(each * (w - h) for each, w, h in zip(kept, wanted, here, strict=True))
     message = _message_bytes(config, ranks)
     num_ends = (place.rank > 0) + (place.rank < own.pp_size - 1)  # neighbours
-    buffers = num_ends if len(here) == 1 else 3 if num_ends == 1 else 4  # of each micro-batch, received
-    always = (number - taken) * (step.batch + buffers * message)
+    buffers = num_ends if len(here) == 1 else 3 if num_ends == 1 else 4  # of each pass, received
+    always = max(0, num_micro_batches - taken * own.at_once) * step.batch + (number - taken) * buffers * message
     if len(here) > 1:  # torch keeps what it sent to the end of the step
         more += buffers * message * max(0, number - max(wanted) - (taken - max(here)))
     peaks: dict[Window, int] = {}
@@ -127,7 +130,8 @@ def _in_flight(config: ExperimentConfig, ranks: Ranks, place: _Place, step: Prob
         peaks[phase, None] = max(found, peaks.get((phase, None), 0))
     totals = cost.totals
     if taken > first:
-        totals = extrapolated(totals_of(step.first), cost.totals, (number - first) / (taken - first))
+        wanted_passes = num_micro_batches / own.at_once  # the last one may be half a pair
+        totals = extrapolated(totals_of(step.first), cost.totals, (wanted_passes - first) / (taken - first))
     resident = cost.resident + always + (taken * buffers * message if taken > first else 0)
     return replace(cost, resident=resident, peaks=peaks, totals=_named(totals, place, own.pp_size, ranks))
 
@@ -142,10 +146,11 @@ def _kept_bytes(starts: Sequence[int], passes: tuple[int, ...], size: int) -> li
 
 
 def _message_bytes(config: ExperimentConfig, ranks: Ranks) -> int:
-    """Return the bytes of the residual stream of a micro-batch."""
+    """Return the bytes of the residual stream of a pass."""
     rows, model = shape_of_batches(config, ranks.world_size)[1], config.model
     width = 8 if config.train.dtype == "float64" else 4
-    return rows * (model.seq_len // config.parallel.cp_size) * model.d_model * width
+    tokens = config.parallel.at_once * rows * (model.seq_len // config.parallel.cp_size)
+    return tokens * model.d_model * width
 
 
 def _named(totals: Mapping[Quantity, float], place: _Place, pp_size: int, ranks: Ranks) -> Mapping[Quantity, float]:

@@ -136,7 +136,7 @@ def _tensor_parallel(config: ExperimentConfig) -> list[Case]:
 
 
 def _pipelines(config: ExperimentConfig) -> list[Case]:
-    """Return layouts with stages: each schedule, beside experts over ranks, sharding and shared rows."""
+    """Return layouts with stages: each schedule, beside experts over ranks, sharding, shared rows and overlap."""
     rows, moe = config.train.global_batch_size, config.model.moe
     possible = [
         Case(world_size=2, pp_size=2, micro_batch_size=1, recompute="block"),
@@ -148,6 +148,9 @@ def _pipelines(config: ExperimentConfig) -> list[Case]:
         Case(world_size=4, pp_size=2, ep_size=1 if moe is None else 2, data="shard", micro_batch_size=1),
         Case(world_size=4, pp_size=2, cp_size=2, pp_schedule="gpipe", micro_batch_size=1),
     ]
+    if moe is not None:
+        pairs = Case(world_size=4, pp_size=2, ep_size=2, overlap="micro_batches", micro_batch_size=1)
+        possible += [pairs, replace(pairs, pp_schedule="zbv")]
     return [case for case in possible if _is_possible(config, case)]
 
 
@@ -156,8 +159,8 @@ def _is_possible(config: ExperimentConfig, case: Case) -> bool:
     data_size = case.world_size // case.pp_size // case.cp_size // case.tp_size
     rows = -(-config.train.global_batch_size // data_size)
     try:
-        degrees = apply_case(config, case).parallel.degrees
-        check_micro_batches(degrees, -(-rows // case.micro_batch_size))
+        parallel = apply_case(config, case).parallel
+        check_micro_batches(parallel.degrees, -(-rows // case.micro_batch_size), at_once=parallel.at_once)
     except (ConfigError, ValidationError):
         return False
     return True

@@ -62,6 +62,19 @@ _OVERLAPPED: Final = (
     Case(world_size=8, ep_size=4, data="shard", overlap="micro_batches", micro_batch_size=1),
     Case(world_size=8, ep_size=4, cp_size=2, overlap="micro_batches", micro_batch_size=1),
     Case(world_size=8, ep_size=4, tp_size=2, data="shard", overlap="micro_batches", micro_batch_size=1),
+    Case(world_size=6, pp_size=3, ep_size=2, pp_schedule="gpipe", overlap="micro_batches", micro_batch_size=1),
+    Case(world_size=8, pp_size=2, ep_size=4, recompute="block", overlap="micro_batches", micro_batch_size=1),
+    Case(
+        world_size=8,
+        pp_size=2,
+        ep_size=2,
+        pp_schedule="interleaved_1f1b",
+        data="shard",
+        overlap="micro_batches",
+        micro_batch_size=1,
+    ),
+    Case(world_size=8, pp_size=2, ep_size=2, cp_size=2, overlap="micro_batches", micro_batch_size=1),
+    Case(world_size=8, pp_size=4, ep_size=2, pp_schedule="gpipe", overlap="micro_batches", micro_batch_size=1),
 )
 
 _HEADS: Final = (

@@ -63,7 +63,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
         dense, experts = dense // layout.num_shards, experts // layout.num_expert_shards
         cut //= layout.num_cut_shards
     state = size * (dense + cut + experts)
-    num_rows = min(config.parallel.micro_batch_size * (1 + config.parallel.overlaps), rows_per_rank)
+    num_rows = min(config.parallel.micro_batch_size * config.parallel.at_once, rows_per_rank)
     chunk = config.parallel.loss_chunk
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
     activations = size // 2 * values // layout.row_size  # may be bfloat16

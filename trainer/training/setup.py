@@ -125,7 +125,8 @@ def check_ranks(config: ExperimentConfig, folder: RunFolder, mesh: Mesh, device:
     check_shared(folder, mesh.world)
     if mesh.layout.pp_size > 1:
         rows = -(-config.train.global_batch_size // mesh.layout.data_size)
-        check_micro_batches(mesh.layout, -(-rows // config.parallel.micro_batch_size))
+        number = -(-rows // config.parallel.micro_batch_size)
+        check_micro_batches(mesh.layout, number, at_once=config.parallel.at_once)
     if config.profile is not None:
         config.profile.check_ranks(mesh.layout.world_size)
     with raise_together(mesh.world):  # hosts may have different memory

@@ -83,6 +83,29 @@ def test_what_is_accepted_torch_can_order(name: ScheduleName) -> None:
         assert is_accepted == _torch_orders(kind, SCHEDULES[name].stages_per_rank, size, number), (size, number)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_pairs_count_as_one_pass(name: ScheduleName) -> None:
+    """Up to 9 pairs that overlap, the last one whole or not, are accepted exactly if as many micro-batches are."""
+    degrees = Degrees(pp_size=2, pp_schedule=name)
+
+    def is_accepted(number: int, at_once: int) -> bool:
+        try:
+            check_micro_batches(degrees, number, at_once=at_once)
+        except ConfigError:
+            return False
+        return True
+
+    for number in range(1, 10):
+        for of_pairs in (2 * number - 1, 2 * number):
+            assert is_accepted(of_pairs, 2) == is_accepted(number, 1), number
+
+
+def test_too_few_pairs_are_named() -> None:
+    needed = r"1f1b over 3 groups of ranks needs 3 pairs of micro-batches \(parallel\.overlap\) in a step, .* has 2; "
+    with pytest.raises(ConfigError, match=needed):
+        check_micro_batches(Degrees(pp_size=3), 4, at_once=2)
+
+
 class _FakeStage:
     def __init__(self, index: int, size: int, per_rank: int) -> None:
         self.stage_index, self.num_stages, self.group_size, self.group_rank = index, size * per_rank, size, 0

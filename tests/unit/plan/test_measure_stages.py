@@ -19,11 +19,22 @@ SHAPE = [
     [
         (4, ["model.num_layers=8"]),
         (2, ["model.num_layers=8", "parallel.pp_schedule=interleaved_1f1b", "parallel.data=shard"]),
+        (
+            2,
+            [
+                "model.num_layers=4",
+                "parallel.ep_size=2",
+                "parallel.overlap=micro_batches",
+                "train.global_batch_size=16",
+                "model.moe.num_experts=2",  # fewer operations
+            ],
+        ),
     ],
 )
 def test_a_pipeline_needs_what_a_shorter_one_tells(pp_size: int, overrides: list[str]) -> None:
     config = load("configs/quickstart.yaml", [*SHAPE, *overrides, f"parallel.pp_size={pp_size}"], ExperimentConfig)
-    ranks = Ranks(world_size=pp_size, per_node=pp_size, device="cpu")
+    world_size = pp_size * config.parallel.ep_size
+    ranks = Ranks(world_size=world_size, per_node=world_size, device="cpu")
     short, whole = (measure_layout(config, ranks, whole=is_whole) for is_whole in (False, True))
     assert short.peak == pytest.approx(whole.peak, rel=0.01)
     assert short.total("flops") == whole.total("flops")
