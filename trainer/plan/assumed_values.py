@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from trainer.lab.costs.plain_tensor_mode import PlainTensorMode
 from trainer.plan.assumed_load import AssumedLoad
+from trainer.plan.remembered_results import RememberedResults
 
 aten = torch.ops.aten
 _MAX_KNOWN = 1 << 22
@@ -40,7 +41,7 @@ class AssumedValues(PlainTensorMode):
     def __init__(self, load: AssumedLoad | None = None) -> None:
         """Answer the choices of routers by a load; None: a model without experts."""
         super().__init__()
-        self.load, self._tolist = load, FakeTensor.tolist
+        self.load, self._tolist, self._results = load, FakeTensor.tolist, RememberedResults()
 
     def __enter__(self) -> Self:
         """Begin; lists are read whole, which torch does element by element."""
@@ -72,7 +73,8 @@ class AssumedValues(PlainTensorMode):
             _communicate(func.name().removeprefix("c10d::").strip("_"), args)
             return out
         try:
-            out = _grouped(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+            is_grouped = func is aten._grouped_mm.default
+            out = _grouped(*args, **kwargs) if is_grouped else self._results.run(func, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             values = _compute(func, args, kwargs)
             if values is None:
@@ -82,7 +84,8 @@ class AssumedValues(PlainTensorMode):
                 out = tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype), values)
             _give(out, values)
             return out
-        integers = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _is_integer(leaf)]
+        leaves = (out,) if isinstance(out, Tensor) else tree_leaves(out)
+        integers = [leaf for leaf in leaves if isinstance(leaf, Tensor) and _is_integer(leaf)]
         if integers and all(leaf.numel() <= _MAX_KNOWN for leaf in integers):
             is_choice = func in _POSITIONS and not _is_integer(args[0])
             _give(out, self._choices(func, *args, **kwargs) if is_choice else _compute(func, args, kwargs))
@@ -184,10 +187,17 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
 
     with _disable_current_modes():
         try:
-            args, kwargs = tree_map_only(Tensor, value, (args, kwargs))
+            args, kwargs = _each(args, value), {name: _each(x, value) for name, x in kwargs.items()}
         except _NotKnown:
             return None
         return func(*args, **kwargs)
+
+
+def _each(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return values with each tensor changed, also those in lists."""
+    if isinstance(values, Tensor):
+        return change(values)
+    return type(values)(_each(one, change) for one in values) if type(values) in (list, tuple) else values
 
 
 def _communicate(name: str, args: Sequence[Any]) -> None:

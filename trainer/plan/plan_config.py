@@ -1,5 +1,6 @@
 """Plan a config: measure layouts, show them, and write the config of the fastest."""
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from trainer.atomic_io import replace_file
 from trainer.config.dump import dump
@@ -85,7 +88,7 @@ def found_layouts(request: PlanRequest) -> Plan:
     ids = num_ids_of(request.config)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.plan.measure_layout"])
-    with ProcessPoolExecutor(2, context, initializer=_be_quiet) as pool:  # they start with the first deep model
+    with ProcessPoolExecutor(2, context, initializer=_prepare_worker) as pool:  # they start with the first deep model
 
         def measure(config: ExperimentConfig) -> StepCost:
             return measure_layout(config, ranks, pool=pool)
@@ -131,6 +134,13 @@ def planned_file(request: PlanRequest, layout: PlannedLayout, path: Path) -> str
     assert config is not None, "it was measured"
     head = f"# Planned for {cluster.world_size} {cluster.gpu.name}, {cluster.per_node} in a machine:\n"
     return f"{head}#   {start_line(cluster, path)}\n{dump(config)}"
+
+
+def _prepare_worker() -> None:
+    """Let one of two processes use one core: with threads for its small integers each waits for the other's."""
+    torch.set_num_threads(1)
+    gc.freeze()  # what was imported is never freed, and steps collect often
+    _be_quiet()
 
 
 def _be_quiet() -> None:

@@ -64,7 +64,7 @@ class TensorBytes(PlainTensorMode):
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation and add what it returns."""
         out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self._add(leaf.untyped_storage())
         return out

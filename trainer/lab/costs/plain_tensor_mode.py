@@ -16,6 +16,11 @@ _PLAIN = (Tensor, Parameter, FakeTensor)
 class PlainTensorMode(TorchDispatchMode):
     """Passes each operation on plain tensors to `operation`; of tensors of parts, the operations on these."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: nothing is compiled here, and torch's guard against it takes longer than most operations."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation."""
         if func is _DEVICE and isinstance(args[0], FakeTensor):
