@@ -24,6 +24,8 @@ class Reached:
     """Share of the gathers and reductions of weights that is hidden behind computation, as far as there is enough."""
     operation_s: float = 4e-6
     """Least time of an operation: the host starts so many one after the other."""
+    shard_call_s: float = 0.0
+    """Time of the host for FSDP2 around each gather and reduction of shards, beyond its operations."""
     starts_ahead: bool = True
     """The host starts operations while others are computed; without, both times add up."""
     inside_s: float = 15e-6

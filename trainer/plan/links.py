@@ -1,15 +1,15 @@
 """Measured speeds of this cluster, as `doctor --cluster` writes them. Imports no torch."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from trainer.config.nodes import shown, shown_path
 from trainer.config.numbers import MAX_RANKS
-from trainer.doctor.cluster.cluster_evidence import COLLECTIVES
+from trainer.doctor.cluster.timed_rounds import COLLECTIVES
 from trainer.errors import ConfigError
 from trainer.plan.gpus import Gpu
 
@@ -27,12 +27,24 @@ class Links:
     all_gather: Sequence[tuple[float, float]] = ()
     """By the bytes that each rank gets; not in files of older versions."""
     reduce_scatter: Sequence[tuple[float, float]] = ()
+    beside: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """The same curves by name, of ranks that compute in between; not in files of older versions."""
+    operation_s: float | None = None
+    """Host seconds of an operation; None: not measured."""
+    shard_call_s: float = 0.0
+    """Host seconds of FSDP2 around a gather or a reduction of shards."""
     flops: float
     bandwidth: float
 
+    def curve(self, name: str) -> Sequence[tuple[float, float]]:
+        """Return the times of a collective in a step; empty: it was not measured."""
+        return self.beside.get(name) or getattr(self, name)
+
     def of(self, gpu: Gpu) -> Gpu:
         """Return a device with the measured speeds, which are reached."""
-        reached = replace(gpu.reached, products=1.0, memory=1.0)
+        reached = replace(gpu.reached, products=1.0, memory=1.0, shard_call_s=self.shard_call_s)
+        if self.operation_s is not None:
+            reached = replace(reached, operation_s=self.operation_s)
         return replace(gpu, flops=dict.fromkeys(gpu.flops, self.flops), bandwidth=self.bandwidth, reached=reached)
 
 
@@ -59,6 +71,9 @@ def read_links(path: Path) -> Links:
         return Links(
             ranks=ranks,
             **curves,
+            beside={name: _curve(found["beside_computation"][name]) for name in found.get("beside_computation", ())},
+            operation_s=_positive(found["operation_s"]) if "operation_s" in found else None,
+            shard_call_s=_seconds(found.get("shard_call_s", 0.0)),
             flops=_positive(found["matmul_flops_per_s"]),
             bandwidth=_positive(found["memory_bytes_per_s"]),
         )
@@ -95,3 +110,7 @@ def _positive(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise ValueError(f"{shown(value)} is not a positive number")
     return float(value)
+
+
+def _seconds(value: Any) -> float:
+    return 0.0 if value == 0 else _positive(value)

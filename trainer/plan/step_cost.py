@@ -13,11 +13,11 @@ from trainer.plan.layer_pattern import LayerPattern
 from trainer.plan.step_probe import ProbedStep
 from trainer.plan.tensor_bytes import Window
 
-Unit = Literal["calls", "bytes", "messages", "operations", "flops", "moved"]
+Unit = Literal["calls", "bytes", "messages", "operations", "flops", "moved", "shard_calls"]
 
 
 class Quantity(NamedTuple):
-    """A quantity that is counted: of a collective and its ranks, or of products or other operations in a dtype."""
+    """A quantity that is counted: of a collective and its ranks, or of products or others in a dtype, or FSDP2's."""
 
     unit: Unit
     of: str
@@ -68,6 +68,8 @@ def totals_of(operations: StepOperations) -> Counter[Quantity]:
         totals[Quantity("operations", name)] += work.number
         totals[Quantity("flops", name)] += work.flops
         totals[Quantity("moved", name)] += work.bytes_moved
+    if operations.shard_calls:
+        totals[Quantity("shard_calls", "fsdp")] = operations.shard_calls
     return totals
 
 

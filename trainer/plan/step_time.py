@@ -70,6 +70,8 @@ def _computation(totals: Mapping[Quantity, float], gpu: Gpu) -> float:
         kind, _, dtype = key.of.partition(" ")
         if key.unit == "operations":
             started += value * gpu.reached.operation_s
+        elif key.unit == "shard_calls":
+            started += value * gpu.reached.shard_call_s
         elif key.unit == "moved":
             moving = value / (gpu.bandwidth * gpu.reached.memory)
             if kind == "products":
@@ -102,12 +104,12 @@ def _measured(key: Quantity, sent: float, links: Links) -> float:
     assert key.ranks is not None
     size = len(key.ranks)
     if key.of.startswith("alltoall"):
-        return seconds_at(links.all_to_all, sent * size / (size - 1))
+        return seconds_at(links.curve("all_to_all"), sent * size / (size - 1))
     if key.of.startswith("allreduce"):
-        return seconds_at(links.all_reduce, sent * size / (2 * (size - 1)))
-    curve = links.all_gather if key.of.startswith("allgather") else ()
-    curve = links.reduce_scatter if key.of.startswith("reduce_scatter") else curve
+        return seconds_at(links.curve("all_reduce"), sent * size / (2 * (size - 1)))
+    curve = links.curve("all_gather") if key.of.startswith("allgather") else ()
+    curve = links.curve("reduce_scatter") if key.of.startswith("reduce_scatter") else curve
     if curve:
         return seconds_at(curve, sent * size / (size - 1))
     # Half of an all-reduce of the whole, in which a reduction and a gather follow each other.
-    return seconds_at(links.all_reduce, sent * size / (size - 1)) / 2
+    return seconds_at(links.curve("all_reduce"), sent * size / (size - 1)) / 2

@@ -78,7 +78,9 @@ def test_what_is_missing_is_named(arguments: list[str], message: str) -> None:
 def test_one_rank_is_measured_and_its_links_are_none(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = Workload(width=64, copied=1 << 16, sizes=[1 << 10], link=1 << 10, burst_s=0.0, budget_s=0.0)
+    tiny = Workload(
+        width=64, copied=1 << 16, sizes=[1 << 10], link=1 << 10, burst_s=0.0, tiny_layers=(1, 2), budget_s=0.0
+    )
     monkeypatch.setattr(Workload, "of", lambda device: tiny)
     assert doctor("smoke", "parallel.device=cpu", "--cluster", "--json", "--links", str(tmp_path / "links.json")) == 0
     found = json.loads(capsys.readouterr().out)

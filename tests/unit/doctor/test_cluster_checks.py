@@ -8,15 +8,13 @@ import pytest
 
 from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
 from trainer.doctor.cluster.cluster_evidence import (
-    COLLECTIVES,
     ClockOffset,
     ClusterEvidence,
-    CollectiveSpeed,
     LinkSpeed,
     RankSpeed,
-    Rounds,
 )
 from trainer.doctor.cluster.cluster_lines import cluster_lines
+from trainer.doctor.cluster.timed_rounds import COLLECTIVES, CollectiveSpeed, Rounds
 from trainer.doctor.finding import DoctorFinding, examine
 
 

@@ -1,7 +1,8 @@
 """Several gloo ranks: a slowed one and a slowed link are named (they sleep), and a norm that differs between ranks."""
 
+import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from tests.ranks import Ranks, mesh_here
 from tests.tiny_training import config_of_text
 from trainer.doctor.cluster import measure_cluster as measuring
 from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
-from trainer.doctor.cluster.cluster_evidence import COLLECTIVES
 from trainer.doctor.cluster.cluster_work import Rank, Workload
 from trainer.doctor.cluster.measure_cluster import measure_cluster, pairings
+from trainer.doctor.cluster.timed_rounds import COLLECTIVES
+from trainer.doctor.cluster.tiny_steps import TinyStep
 from trainer.doctor.finding import examine
 from trainer.doctor.step.diagnose_step import of_all_ranks
 from trainer.doctor.step.measure_step import measure_step
@@ -24,7 +26,16 @@ from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 
-TINY = Workload(width=64, copied=1 << 16, sizes=[1 << 10, 1 << 14], link=1 << 12, burst_s=0.0, budget_s=0.0)
+TINY = Workload(
+    width=64,
+    copied=1 << 16,
+    sizes=[1 << 10, 1 << 14],
+    link=1 << 12,
+    burst_s=0.0,
+    computed_s=0.0,
+    tiny_layers=(1, 2),
+    budget_s=0.0,
+)
 """Three rounds of next to nothing."""
 SLEEP_S = 0.1
 RANKS = 3
@@ -51,7 +62,8 @@ def measure(kinds: list[type[Rank]]) -> list[tuple[list[str], dict[str, Any]]]:
     answers, mesh = [], mesh_here(ranks_per_node=RANKS)
     for kind in kinds:
         measuring.Rank = kind
-        evidence = measure_cluster(mesh, torch.device("cpu"), TINY)
+        workload = TINY if kind is Rank else replace(TINY, tiny_layers=())
+        evidence = measure_cluster(mesh, torch.device("cpu"), workload)
         answers.append(([finding.found for finding in examine(CLUSTER_CHECKS, evidence)], asdict(evidence)))
     measuring.Rank = Rank
     return answers
@@ -69,9 +81,26 @@ def test_a_slow_rank_and_a_slow_link_are_named_and_all_is_measured(ranks: Ranks)
     for curve in plain["collectives"].values():
         assert [one["num_bytes"] for one in curve] == list(TINY.sizes)
         assert all(len(one["rounds"]["seconds"]) == 3 for one in curve)
+    for name, curve in plain["overheads"]["beside"].items():
+        alone = [statistics.median(one["rounds"]["seconds"]) for one in plain["collectives"][name]]
+        assert all(min(one["rounds"]["seconds"]) >= least for one, least in zip(curve, alone, strict=True))
+    assert all(one["gathers"] > 0 < one["reductions"] for one in plain["overheads"]["sharded"])
+    assert all(one["gathers"] == 0 == one["reductions"] for one in plain["overheads"]["whole"])
     assert all(one["least_s"] <= 0 <= one["most_s"] for one in plain["clocks"]), "one clock for all of them"
     assert plain["settings"] == {}
     assert all(of_rank[0][1]["links"] == plain["links"] for of_rank in of_ranks), "the same on every rank"
+
+
+def shard_calls() -> list[tuple[int, int]]:
+    """Return how often FSDP2 gathered and reduced in a step, as counted by its operations and by its collectives."""
+    steps = [TinyStep(2, mesh_here(), torch.device("cpu"), sharded=sharded) for sharded in (False, True)]
+    names = ("allgather_base", "reduce_scatter_base")
+    return [(step.operations.shard_calls, sum(map(step.num_collectives, names))) for step in steps]
+
+
+def test_work_around_shards_is_counted_once_for_each_gather_and_reduction(ranks: Ranks) -> None:
+    (none, none_too), (counted, sent) = ranks.run(2, shard_calls)[0]
+    assert none == none_too == 0 < counted == sent
 
 
 def take_steps(configs: dict[str, ExperimentConfig]) -> dict[str, tuple[list[str], int]]:

@@ -34,8 +34,22 @@ def test_times_are_between_the_measured_ones(tmp_path: Path) -> None:
     more = read_links(written(tmp_path / "more.json", reduce_scatter=[{"bytes": 8, "seconds": 2}]))
     assert more.reduce_scatter == [(8, 2)]
     assert read_links(written(tmp_path / "one.json", ranks=1, all_reduce=[], all_to_all=[])).all_reduce == ()
+    assert links.curve("all_reduce") == links.all_reduce and links.of(gpu_named("cpu")).reached.operation_s == 12e-6
     gpu = links.of(gpu_named("cpu"))
     assert gpu.flops["float32"] == 2e11 and gpu.bandwidth == 1e10 and gpu.reached.products == 1
+
+
+def test_times_in_a_step_are_before_those_of_idle_ranks(tmp_path: Path) -> None:
+    beside = {"all_reduce": [{"bytes": 1000, "seconds": 0.03}]}
+    more = {"beside_computation": beside, "operation_s": 2e-5, "shard_call_s": 0.0}
+    links = read_links(written(tmp_path / "links.json", **more))
+    assert links.curve("all_reduce") == [(1000, 0.03)] and links.curve("all_to_all") == [(1000, 0.005)]
+    reached = links.of(gpu_named("H100")).reached
+    assert (reached.operation_s, reached.shard_call_s) == (2e-5, 0.0)
+    assert (
+        read_links(written(tmp_path / "links.json", shard_call_s=1e-3)).of(gpu_named("cpu")).reached.shard_call_s
+        == 1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,6 +63,10 @@ def test_times_are_between_the_measured_ones(tmp_path: Path) -> None:
         ({"ranks": 1e300}, r"ranks is 1e\+300, not"),
         ({"matmul_flops_per_s": -1}, "-1 is not a positive number"),
         ({"all_reduce": [{"bytes": 1}]}, "'seconds'"),
+        ({"beside_computation": {"all_reduce": []}}, "a collective has no measurement"),
+        ({"beside_computation": 3}, "not iterable"),
+        ({"operation_s": 0}, "0 is not a positive number"),
+        ({"shard_call_s": -1}, "-1 is not a positive number"),
     ],
 )
 def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -44,6 +44,12 @@ def test_a_host_that_computes_itself_adds_up_both_times() -> None:
     assert step_time(work, alone, ranks_per_node=2).total == 5 + 2 + 4 * 0.5
 
 
+def test_the_host_has_work_around_each_gather_and_reduction_of_shards() -> None:
+    slow = replace(GPU, reached=replace(IDEAL, operation_s=0.5, shard_call_s=3.0))
+    work = replace(cost(), totals={**cost(started=4).totals, Quantity("shard_calls", "fsdp"): 2})
+    assert step_time(work, slow, ranks_per_node=2).total == 4 * 0.5 + 2 * 3
+
+
 def test_products_take_the_longer_of_computing_and_reading() -> None:
     assert step_time(cost(flops=500, moved=10), GPU, ranks_per_node=2).total == 5
     assert step_time(cost(flops=500, moved=80), GPU, ranks_per_node=2).total == 8
@@ -78,5 +84,7 @@ def test_measured_links_are_read_by_the_tensor_of_a_rank() -> None:
     assert step_time(gathered, GPU, ranks_per_node=2, links=links).weights == 3
     more = replace(links, all_gather=[(8, 5.0)], reduce_scatter=[(8, 7.0)])
     assert step_time(gathered, GPU, ranks_per_node=2, links=more).weights == 10  # 16 bytes are gathered
+    busy = replace(more, beside={"all_gather": [(8, 6.0)]})
+    assert step_time(gathered, GPU, ranks_per_node=2, links=busy).weights == 12
     reduced = replace(cost(), totals=sent("reduce_scatter_base", NEAR, 4))
     assert step_time(reduced, GPU, ranks_per_node=2, links=more).weights == 7

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from trainer.console import formatting
-from trainer.doctor.cluster.cluster_evidence import ClusterCheck, ClusterEvidence, LinkSpeed, RankSpeed, Rounds
+from trainer.doctor.cluster.cluster_evidence import ClusterCheck, ClusterEvidence, LinkSpeed, RankSpeed
+from trainer.doctor.cluster.timed_rounds import Rounds
 from trainer.doctor.finding import Sign
 
 _SLOW_RANK = 1.25

@@ -5,27 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.doctor.cluster.step_overheads import StepOverheads
+from trainer.doctor.cluster.timed_rounds import COLLECTIVES, CollectiveSpeed, Rounds
 from trainer.doctor.finding import Check
 
 SCHEMA = 1
-COLLECTIVES = ("all_reduce", "all_to_all", "all_gather", "reduce_scatter")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rounds:
-    """Seconds of the same work in interleaved rounds, so that a disturbance of the machine is in one of each."""
-
-    seconds: Sequence[float]
-
-    @property
-    def median(self) -> float:
-        """The usual time."""
-        return statistics.median(self.seconds)
-
-    @property
-    def best(self) -> float:
-        """The shortest time."""
-        return min(self.seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +41,6 @@ class LinkSpeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CollectiveSpeed:
-    """A collective of all ranks."""
-
-    num_bytes: int
-    """Bytes of the tensor that each rank passes, its own part included; of a gather what it gets."""
-    rounds: Rounds
-    """Time of the slowest rank."""
-
-    def record(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {"bytes": self.num_bytes, "seconds": self.rounds.median}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ClockOffset:
     """By how much a rank's clock is ahead of rank 0's: surely between these bounds."""
 
@@ -97,6 +67,7 @@ class ClusterEvidence:
     links: Sequence[LinkSpeed] = ()
     collectives: Mapping[str, Sequence[CollectiveSpeed]] = field(default_factory=dict)
     """By name; all of the same sizes."""
+    overheads: StepOverheads | None = None
     clocks: Sequence[ClockOffset] = ()
     matmul_flops: float = 0.0
     copy_bytes: float = 0.0
@@ -126,6 +97,7 @@ class ClusterEvidence:
             "schema": SCHEMA,
             "ranks": len(self.ranks),
             **{name: [one.record() for one in self.collectives.get(name, ())] for name in COLLECTIVES},
+            **({} if self.overheads is None else self.overheads.record()),
             "matmul_flops_per_s": self.matmul_rate,
             "memory_bytes_per_s": self.memory_rate,
             "device": self.device,

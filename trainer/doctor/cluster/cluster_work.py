@@ -25,7 +25,12 @@ class Workload:
     dtype: torch.dtype = torch.float32
     burst_s: float = 0.2
     """Time of a rank's products, and of its copies: clocks, quotas and neighbours show under load only."""
-    budget_s: float = 40.0
+    computed_s: float = 2e-3
+    """Time that a rank computes between two collectives, as in a step."""
+    tiny_layers: Sequence[int] = (2, 6)
+    """Layers of a shallow and a deep tiny model, whose difference has neither a first nor a last part. None: what a
+    step takes beyond its products is not measured."""
+    budget_s: float = 60.0
     """Time for all rounds."""
 
     @classmethod
@@ -35,6 +40,13 @@ class Workload:
             return cls(width=512, copied=32 << 20, sizes=[1 << 10, 1 << 16, 1 << 20, 8 << 20], link=4 << 20)
         sizes = [1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 26, 1 << 28]
         return cls(width=8192, copied=1 << 30, sizes=sizes, link=1 << 26, dtype=torch.bfloat16)
+
+
+Work = tuple[str, ...]
+"""Name of what is timed: `matmul`, `copy`, a collective as in `all_reduce BYTES`, `link A B`, `latency A B`, `compute`,
+`beside all_reduce BYTES`, `tiny LAYERS SHARDED`."""
+IN_A_ROW = 10
+"""Collectives one after the other, with computation between them."""
 
 
 class Rank:
@@ -47,7 +59,8 @@ class Rank:
         self._source = torch.ones(workload.copied // 4, device=device)
         self._target = torch.empty_like(self._source)
         self._message, self._part = (torch.zeros(max(workload.sizes) // 4, device=device) for _ in range(2))
-        self.num_products = self.num_copies = 1
+        self._rows = self._factor[: max(1, width // 8)]
+        self.num_products = self.num_copies = self.num_small = 1
 
     def multiply(self) -> None:
         """Multiply two matrices, several times."""
@@ -58,6 +71,19 @@ class Rank:
         """Copy a block of memory, several times."""
         for _ in range(self.num_copies):
             self._target.copy_(self._source)
+
+    def compute(self) -> None:
+        """Compute as between two collectives of a step: small products and an activation after each."""
+        hidden = self._rows
+        for _ in range(self.num_small):
+            hidden = torch.nn.functional.gelu(torch.mm(hidden, self._factor))
+
+    def alternate(self, kind: str | None, num_bytes: int = 0) -> None:
+        """Compute and take part in a collective in turn; None: only compute."""
+        for _ in range(IN_A_ROW):
+            self.compute()
+            if kind is not None:
+                getattr(self, kind)(num_bytes)
 
     def all_reduce(self, num_bytes: int) -> None:
         """Sum a tensor over all ranks."""

@@ -14,15 +14,14 @@ from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.version import turnout_version
 from trainer.doctor.cluster.cluster_evidence import (
-    COLLECTIVES,
     ClockOffset,
     ClusterEvidence,
-    CollectiveSpeed,
     LinkSpeed,
     RankSpeed,
-    Rounds,
 )
-from trainer.doctor.cluster.cluster_work import Rank, Workload
+from trainer.doctor.cluster.cluster_work import Rank, Work, Workload
+from trainer.doctor.cluster.measure_overheads import overheads_of, tiny_steps, work_of_steps
+from trainer.doctor.cluster.timed_rounds import COLLECTIVES, Rounds, Times, curve_of, slowest
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
 _CLOCK_ROUNDS = 9
@@ -32,19 +31,20 @@ _SETTINGS = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 _PREFIXES = ("NCCL_", "TORCH_NCCL_")
 
 
-Work = tuple[str, ...]
-"""Name of what is timed: `matmul`, `copy`, a collective as in `all_reduce BYTES`, `link A B`, `latency A B`."""
-
-
 def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None = None) -> ClusterEvidence:
     """Measure the ranks of a mesh. Collective; what it returns is the same on every rank."""
     start, workload = time.perf_counter(), workload or Workload.of(device)
     world, per_node = mesh.world, max(1, mesh.layout.ranks_per_node)
     rank = Rank(workload, world, device)
     hosts = mesh.host.all_gather_objects(socket.gethostname())
-    rank.num_products, rank.num_copies = (_repeats(work, rank, mesh.host) for work in (rank.multiply, rank.copy))
-    work = list(_work(rank, world.size, per_node))
+    burst = workload.burst_s
+    rank.num_products, rank.num_copies = (_repeats(work, burst, rank, mesh.host) for work in (rank.multiply, rank.copy))
+    rank.num_small = _repeats(rank.compute, workload.computed_s, rank, mesh.host)
+    tiny = tiny_steps(mesh, device, workload.tiny_layers)
+    work = [*_work(rank, world.size, per_node), *work_of_steps(rank, tiny)]
     times = _timed(work, rank, mesh)
+    for step in tiny.values():
+        step.close()
     pairs = sorted((int(name[1]), int(name[2])) for name in times if name[0] == "link")
     return ClusterEvidence(
         ranks=[
@@ -66,7 +66,8 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
             )
             for pair in pairs
         ],
-        collectives={kind: _collectives(kind, times) for kind in COLLECTIVES},
+        collectives={kind: curve_of(times, kind) for kind in COLLECTIVES},
+        overheads=overheads_of(times, tiny),
         clocks=_clock_offsets(mesh.host),
         matmul_flops=2.0 * workload.width**3 * rank.num_products,
         copy_bytes=2.0 * workload.copied * rank.num_copies,
@@ -80,17 +81,7 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
 
 def _of_pair(times: Sequence[Sequence[float]], pair: tuple[int, int]) -> Rounds:
     """Return the times of the slower of both ranks."""
-    return _slowest([times[rank] for rank in pair])
-
-
-def _collectives(kind: str, times: dict[Work, list[list[float]]]) -> list[CollectiveSpeed]:
-    found = {int(name[1]): of_ranks for name, of_ranks in times.items() if name[0] == kind}
-    return [CollectiveSpeed(num_bytes=size, rounds=_slowest(found[size])) for size in sorted(found)]
-
-
-def _slowest(of_ranks: Sequence[Sequence[float]]) -> Rounds:
-    """Return the time of the slowest rank in each round."""
-    return Rounds(seconds=[max(one) for one in zip(*of_ranks, strict=True)])
+    return slowest([times[rank] for rank in pair])
 
 
 def _work(rank: Rank, size: int, per_node: int) -> Iterator[tuple[list[Work], Callable[[], None]]]:
@@ -136,9 +127,7 @@ def _tournament(players: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         circle = [circle[0], circle[-1], *circle[1:-1]]
 
 
-def _timed(
-    work: Sequence[tuple[list[Work], Callable[[], None]]], rank: Rank, mesh: Mesh
-) -> dict[Work, list[list[float]]]:
+def _timed(work: Sequence[tuple[list[Work], Callable[[], None]]], rank: Rank, mesh: Mesh) -> Times:
     """Return the seconds of every rank and round, by name; all ranks begin each piece of work together."""
     warm_up = mesh.host.all_gather_objects([_seconds(function, rank, mesh.host) for _, function in work])
     share = rank.workload.budget_s / len(work)
@@ -157,10 +146,10 @@ def _timed(
     return {tuple(name): [of_rank[index][1] for of_rank in everyone] for index, (name, _) in enumerate(everyone[0])}
 
 
-def _repeats(function: Callable[[], None], rank: Rank, host: Group) -> int:
-    """Return how often a rank that nothing disturbs can do something in a burst, the same on all ranks."""
+def _repeats(function: Callable[[], None], seconds: float, rank: Rank, host: Group) -> int:
+    """Return how often a rank that nothing disturbs can do something in a time, the same on all ranks."""
     times = host.all_gather_objects(min(_seconds(function, rank, host) for _ in range(_LEAST_ROUNDS)))
-    return max(1, int(rank.workload.burst_s / min(times)))
+    return max(1, int(seconds / min(times)))
 
 
 def _seconds(function: Callable[[], None], rank: Rank, host: Group) -> float:

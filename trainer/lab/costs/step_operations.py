@@ -40,6 +40,8 @@ class StepOperations(PlainTensorMode):
         super().__init__()
         self.collectives: Counter[CollectiveCall] = Counter()
         self.work: dict[Kind, Work] = {}
+        self.shard_calls = 0
+        """Gathers and reductions of a group of sharded weights by FSDP2, which has work for the host around each."""
 
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation and count it."""
@@ -47,7 +49,9 @@ class StepOperations(PlainTensorMode):
         out = func(*args, **kwargs)
         if call is not None:
             self.collectives[call] += 1
-        elif func.namespace != "c10d" and not func.is_view and "empty" not in func.name():
+            return out
+        self.shard_calls += func.name() in _OF_SHARDS
+        if func.namespace != "c10d" and not func.is_view and "empty" not in func.name():
             self._count(func, args, kwargs, out)
         return out
 
@@ -86,6 +90,8 @@ class StepOperations(PlainTensorMode):
         return sum(work.flops for work in self.work.values())
 
 
+_OF_SHARDS = ("fsdp::all_gather_copy_in", "fsdp::chunk_cat")
+"""One for each gather, and one for each reduction."""
 _READ_PARTS = {torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index}
 
 
