@@ -25,6 +25,7 @@ from pathlib import Path
 from tests import imported_once
 from tests.chaos.hosts import ROOT, of_host
 from tests.chaos.workload import Outcome, Workload, damage, differences, outcome
+from tests.held_steps import HeldSteps
 
 _LIMIT_S = 100.0
 _STEPS = 60
@@ -45,6 +46,11 @@ class Hosts:
     said: dict[int, list[Path]] = field(default_factory=lambda: {1: [], 2: []})
     """Files with what the launches of a host printed as warnings and errors, oldest first."""
 
+    @property
+    def held(self) -> HeldSteps:
+        """The step that is not taken before the fault has come."""
+        return HeldSteps(self.workload.folder / "held", (_STEPS // 2 + 1,))
+
     def start(self, number: int) -> None:
         """Start `launch` on a host; again if it was killed."""
         folder, starts = self.workload.folder, len(self.said[number])
@@ -56,6 +62,7 @@ class Hosts:
             cwd=folder,
             stdout=folder / f"out.{number}.{starts}",
             stderr=self.said[number][-1],
+            environment=self.held.environment(),
         )
 
     def kill(self, number: int) -> None:
@@ -104,6 +111,7 @@ def second_host_lost(hosts: Hosts, draw: random.Random) -> list[str]:
 def _host_lost(hosts: Hosts, draw: random.Random, number: int) -> list[str]:
     _begin(hosts, draw)
     hosts.kill(number)
+    hosts.held.release()
     hosts.wait_for(3 - number, _LOST.format(rank=number - 1))
     hosts.start(number)
     return hosts.finish()
@@ -113,6 +121,7 @@ def cable_cut(hosts: Hosts, draw: random.Random) -> list[str]:
     """Cut the cable until both sides have noticed; both hosts still run."""
     _begin(hosts, draw)
     _cable("down")
+    hosts.held.release()
     for number in (1, 2):
         hosts.wait_for(number, _NOTICED)
     _cable("up")
@@ -123,6 +132,7 @@ def slow_link(hosts: Hosts, draw: random.Random) -> list[str]:
     """Let little through the cable, both ways: the run is slow and nobody is lost."""
     _begin(hosts, draw)
     with _Slow("4mbit"):
+        hosts.held.release()
         wrong = hosts.finish()
     return wrong + [f"said {text}" for n in (1, 2) if "starting again" in (text := hosts.text(n))]
 
@@ -131,6 +141,7 @@ def stalled_link(hosts: Hosts, draw: random.Random) -> list[str]:
     """Let so little through that no collective ends in time; it passes."""
     _begin(hosts, draw)
     with _Slow("1kbit"):
+        hosts.held.release()
         for number in (1, 2):
             hosts.wait_for(number, _NOTICED)
     return hosts.finish()
@@ -151,6 +162,7 @@ def _clock_skew(hosts: Hosts, draw: random.Random, ahead_s: int) -> list[str]:
     _begin(hosts, draw)
     status = hosts.workload.run / "status/rank00001.json"
     os.kill(int(re.findall(r'"pid": (\d+)', status.read_text())[0]), signal.SIGKILL)
+    hosts.held.release()
     hosts.wait_for(1, r"ended with 5 \(rank 1 is lost")
     hosts.wait_for(2, r"rank 1 \(pid \d+\) was killed by SIGKILL")
     return hosts.finish()
@@ -201,6 +213,7 @@ FAULTS: dict[str, Callable[[Hosts, random.Random], list[str]]] = {
 def undisturbed(folder: Path) -> tuple[Workload, Outcome]:
     """Return a run that was left alone, and what it has left behind."""
     hosts = Hosts(Workload(folder / "undisturbed", 2, 2, _OPTIONS).prepare())
+    hosts.held.release()
     for number in (1, 2):
         hosts.start(number)
     wrong = hosts.finish()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests import imported_once
+from tests.held_steps import HeldSteps
 from tests.ignore_clock import without_clock
 from tests.launched_ranks import ROOT
 
@@ -103,11 +104,17 @@ def _environment() -> dict[str, str]:
 
 
 def stop_at(
-    workplace: Path, arguments: Sequence[str], words: str, number: signal.Signals
+    workplace: Path, arguments: Sequence[str], words: str, number: signal.Signals, *, held: int
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command and send it a signal as soon as its output has `words`."""
+    """Train and send a signal as soon as the output has `words`: before step `held` is taken."""
     stdout, stderr = workplace / "stdout", workplace / "stderr"
-    process = imported_once.Process(["-m", "trainer", *arguments], cwd=workplace, stdout=stdout, stderr=stderr)
+    process = imported_once.Process(
+        ["-m", "trainer", "train", "tiny.yaml", *arguments],
+        cwd=workplace,
+        stdout=stdout,
+        stderr=stderr,
+        environment=HeldSteps(workplace / "held", (held,)).environment(),
+    )
     try:
         while not stdout.exists() or words not in stdout.read_text():
             assert process.poll() is None, stderr.read_text()
@@ -204,7 +211,7 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(workplace: Path) -> None:
     # The schedule must be that of 20 steps in both halves,
     # so the first half is stopped by its checkpoint, not by steps.
     # At any moment after step 10: what was written since is thrown away and done again.
-    assert stop_at(workplace, ("train", "tiny.yaml"), "saved", signal.SIGKILL).returncode == -signal.SIGKILL
+    assert stop_at(workplace, (), "saved", signal.SIGKILL, held=18).returncode == -signal.SIGKILL
     result = run(workplace, "train", "tiny.yaml")
     assert result.returncode == 0 and "resuming from" in result.stdout
     assert [r for r in metrics(workplace) if "loss" in r] == [r for r in metrics(workplace, "whole") if "loss" in r]
@@ -216,14 +223,14 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(workplace: Path) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(workplace: Path) -> None:
-    assert run(workplace, "train", "tiny.yaml", "name=whole", "train.steps=200", "eval.every=null").returncode == 0
-    arguments = ("train", "tiny.yaml", "train.steps=200", "eval.every=null", "checkpoint.every=null")
-    stopped = stop_at(workplace, arguments, "step  15 ", signal.SIGINT)
+    assert run(workplace, "train", "tiny.yaml", "name=whole", "eval.every=null").returncode == 0
+    arguments = ("eval.every=null", "checkpoint.every=null")
+    stopped = stop_at(workplace, arguments, "step 15 ", signal.SIGINT, held=17)
     assert stopped.returncode == 75, stopped.stderr
     assert "stopped by SIGINT" in stopped.stdout and stopped.stderr == ""
-    assert len(checkpoints(workplace)) == 1 and re.search("<bdi>1[5-9] of 200</bdi>", report(workplace))
-    assert run(workplace, *arguments).returncode == 0
-    assert "200 of 200" in report(workplace)
+    assert len(checkpoints(workplace)) == 1 and re.search("<bdi>1[5-7] of 20</bdi>", report(workplace))
+    assert run(workplace, "train", "tiny.yaml", *arguments).returncode == 0
+    assert "20 of 20" in report(workplace)
     whole = [r["loss"] for r in metrics(workplace, "whole") if "loss" in r]
     assert [r["loss"] for r in metrics(workplace) if "loss" in r] == whole
 
@@ -447,14 +454,14 @@ def test_a_full_disk_while_saving_leaves_older_checkpoints_and_exits_7(workplace
 
 
 def test_two_runs_cannot_write_into_one_folder(workplace: Path) -> None:
-    endless = ["-m", "trainer", "train", "tiny.yaml", "train.steps=5000", "eval.every=null"]
+    endless = ["-m", "trainer", "train", "tiny.yaml", "train.steps=1000000", "eval.every=null"]
     process = imported_once.Process(endless, cwd=workplace)
     try:
         while not (workplace / "runs/tiny/metrics.jsonl").exists():
             assert process.poll() is None
             time.sleep(0.01)
         refused(
-            run(workplace, "train", "tiny.yaml", "train.steps=5000"),
+            run(workplace, "train", "tiny.yaml", "train.steps=1000000"),
             2,
             r"runs/tiny: .* process \d+ is training into it",
         )
@@ -507,10 +514,10 @@ def test_a_model_that_does_not_fit_is_exit_7(workplace: Path) -> None:
 
 
 def test_a_stop_at_an_evaluated_step_loses_no_evaluation(workplace: Path) -> None:
-    arguments = ("train", "tiny.yaml", "eval.every=1", "checkpoint.every=null")
-    stopped = stop_at(workplace, arguments, "held out", signal.SIGTERM)
+    arguments = ("eval.every=1", "checkpoint.every=null")
+    stopped = stop_at(workplace, arguments, "held out", signal.SIGTERM, held=10)
     assert stopped.returncode == 75, stopped.stderr
-    assert run(workplace, *arguments).returncode == 0
+    assert run(workplace, "train", "tiny.yaml", *arguments).returncode == 0
     assert [r["step"] for r in metrics(workplace) if "eval/loss" in r] == list(range(1, 21))
 
 

@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from tests import imported_once
 from tests.end_to_end.tiny import run_ranks
+from tests.held_steps import HeldSteps
 from tests.launched_ranks import ROOT
 from tests.listening_sockets import beyond_this_machine, listeners
 from trainer import cli
@@ -81,11 +82,16 @@ def start(workplace: Path) -> Iterator[Start]:
     """Return a function that starts python in the folder; kill remaining processes after the test."""
     started = list[Started]()
 
-    def run(*arguments: str, imports: bool = False, **environment: str) -> Started:
+    def run(
+        *arguments: str, imports: bool = False, held: HeldSteps | None = None, **environment: str
+    ) -> Started:
         """Start `python -m ARGUMENTS`; it and its children import everything themselves only if `imports`."""
-        errors, command = workplace / f"stderr.{len(started)}", ["-m", *arguments]
+        errors = workplace / f"stderr.{len(started)}"
+        command = [*arguments] if arguments[0].endswith(".py") else ["-m", *arguments]
+        environment |= {} if held is None else held.environment()
         if imports:
-            variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+            path = str(ROOT) if held is None else f"{held.customize()}:{ROOT}"
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
             with errors.open("wb") as file:
                 process = subprocess.Popen(
                     [sys.executable, *command], cwd=workplace, env=variables, stdout=subprocess.DEVNULL, stderr=file
@@ -283,16 +289,19 @@ def test_restarts_after_a_killed_rank_and_a_killed_torchrun_repeat_the_run_bit_f
     for number in range(times):
         draw = random.Random(number)
         name, victim = f"killed{number}", draw.randrange(2)
-        process = start(*launch(name, 2), imports=True)
+        held = HeldSteps(workplace / f"{name}.held", (41, 61))
+        process = start(*launch(name, 2), imports=True, held=held)
         first = wait_for(workplace, name, 2, step=draw.randint(1, 40))
         began = time.monotonic()
         os.kill(first[victim].pid, signal.SIGKILL)
+        held.release(41)
         second = wait_for(workplace, name, 2, step=draw.randint(41, 60), not_of=first[0].attempt)
         print(
             f"seed {number}: rank {victim} killed at step {first[victim].step}: "
             f"at step {second[0].step} {time.monotonic() - began:.1f} s later"
         )
         os.kill(parent(second[0].pid), signal.SIGKILL)
+        held.release(61)
         wait_for(workplace, name, 2, step=1, not_of=second[0].attempt)
         assert of_attempt(first[0].attempt) == of_attempt(second[0].attempt) == []
         code, said = ended(process)
@@ -304,12 +313,12 @@ def test_restarts_after_a_killed_rank_and_a_killed_torchrun_repeat_the_run_bit_f
 
 
 def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(workplace: Path, start: Start) -> None:
-    """It sleeps in step 20, so that it cannot finish first; after the restart fewer than 20 steps are left."""
-    fault = {"TURNOUT_FAULTS": "phase.data#20=sleep"}
-    process = start(*launch("frozen", 1, "parallel.timeout_s=6", "train.steps=25"), **fault)
+    held = HeldSteps(workplace / "frozen.held", (20,))
+    process = start(*launch("frozen", 1, "parallel.timeout_s=6", "train.steps=25"), held=held)
     status = wait_for(workplace, "frozen", 1, step=1)[0]
     wait_for_lines(workplace / "runs/frozen/metrics.jsonl", 19)
     os.kill(status.pid, signal.SIGSTOP)
+    held.release()
     began = time.monotonic()
     wait_for(workplace, "frozen", 1, step=1, not_of=status.attempt)
     assert time.monotonic() - began > 6, "it is given its time"
@@ -323,7 +332,7 @@ def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(wor
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_killed_supervisor_leaves_nobody_behind(workplace: Path, start: Start, nproc: int) -> None:
-    process = start(*launch(f"orphans{nproc}", nproc), imports=True)
+    process = start(*launch(f"orphans{nproc}", nproc, "train.steps=1000000"), imports=True)
     statuses = wait_for(workplace, f"orphans{nproc}", nproc, step=1)
     attempt = statuses[0].attempt
     assert len(of_attempt(attempt)) == (1 if nproc == 1 else 3)
@@ -356,18 +365,19 @@ def test_a_crash_loop_ends_after_as_many_restarts_as_it_may_have_and_names_the_r
 
 
 def test_a_stop_of_the_supervisor_torchrun_one_rank_or_all_loses_no_step(workplace: Path, start: Start) -> None:
-    step = 0
-    for who, number in (
-        ("supervisor", signal.SIGUSR1),
-        ("torchrun", signal.SIGTERM),
-        ("rank", signal.SIGHUP),
-        ("everyone", signal.SIGUSR1),  # as Slurm's --signal=USR1 does it
+    step, held = 0, HeldSteps(workplace / "stopped.held", (20, 40, 60, 80))
+    for who, number, last in (
+        ("supervisor", signal.SIGUSR1, 20),
+        ("torchrun", signal.SIGTERM, 40),
+        ("rank", signal.SIGHUP, 60),
+        ("everyone", signal.SIGUSR1, 80),  # as Slurm's --signal=USR1 does it
     ):
-        process = start(*launch("stopped", 2, "checkpoint.every=null"))
+        process = start(*launch("stopped", 2, "checkpoint.every=null"), held=held)
         statuses = wait_for(workplace, "stopped", 2, step=step + 1)
         pids = {"supervisor": process.pid, "torchrun": parent(statuses[0].pid), "rank": statuses[1].pid}
         for pid in [pids[who]] if who in pids else [*pids.values(), statuses[0].pid]:
             os.kill(pid, number)
+        held.release(last)
         code, said = ended(process)
         assert (code, said) == (75, ""), who
         saved = newest(workplace, "stopped")
@@ -377,10 +387,21 @@ def test_a_stop_of_the_supervisor_torchrun_one_rank_or_all_loses_no_step(workpla
     assert done == losses(workplace, "whole")[: len(done)]
 
 
+PATIENT = """
+import sys
+from functools import partial
+from trainer.cli import main
+from trainer.supervise import supervisor
+supervisor.Policy = partial(supervisor.Policy, first_pause_s=50.0)
+main(sys.argv[1:])
+"""
+
+
 def test_a_stop_while_the_supervisor_waits_is_75_where_there_is_a_checkpoint(workplace: Path, start: Start) -> None:
     environment = {**OTHER_LAUNCHER, "TURNOUT_FAULTS": "phase.data#2=raise"}
-    started = start(*launch("paused", 1, "checkpoint.every=1"), **environment)
-    while "starting again from step 1 in 1 s" not in started.errors.read_text():
+    (workplace / "patient.py").write_text(PATIENT)
+    started = start("patient.py", *launch("paused", 1, "checkpoint.every=1")[1:], **environment)
+    while "starting again from step 1 in 50 s" not in started.errors.read_text():
         assert started.process.poll() is None
         time.sleep(0.02)
     started.process.send_signal(signal.SIGTERM)
@@ -415,14 +436,15 @@ def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, s
         del options[options.index("--shutdown-timeout") :][:2]
     options[options.index("--master-port") + 1] = free_port()
     torchrun = ["torch.distributed.run", *options, "--nproc-per-node", "2", "--max-restarts", "3"]
-    # The run waits for a slow test before it is done.
-    fault = {"TURNOUT_FAULTS": "phase.data#60=sleep"}
-    process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10", **fault)
+    held = HeldSteps(workplace / "plain.held", (30, 60))
+    process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10", held=held)
     pid = wait_for_pid(workplace, other_than=0, step=15)
     os.kill(pid, signal.SIGKILL)
+    held.release(30)
     pid = wait_for_pid(workplace, other_than=pid, step=15)
     for one in (read_statuses(workplace / "runs/plain/status", "")[0].pid, pid, process.pid):
         os.kill(one, signal.SIGUSR1)
+    held.release(60)
     code, said = ended(process)
     assert code == 1, "torchrun's own"
     done = losses(workplace, "plain")
@@ -444,12 +466,14 @@ def wait_for_pid(workplace: Path, *, other_than: int, step: int) -> int:
 def test_two_nodes_start_their_ranks_again_and_meet(workplace: Path, start: Start) -> None:
     """Both nodes are this machine, with one rank each."""
     where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    nodes = [start(*launch("nodes", 1), **where, NODE_RANK=str(node)) for node in range(2)]
+    held = HeldSteps(workplace / "nodes.held", (30,))
+    nodes = [start(*launch("nodes", 1), held=held, **where, NODE_RANK=str(node)) for node in range(2)]
     folder, end = workplace / "runs/nodes/status/rank00001.json", time.monotonic() + 100
     while not (folder.is_file() and json.loads(folder.read_text())["step"] >= 15):
         assert time.monotonic() < end
         time.sleep(0.02)
     os.kill(json.loads(folder.read_text())["pid"], signal.SIGKILL)
+    held.release()
     codes, said = zip(*map(ended, nodes), strict=True)
     assert codes == (0, 0), said
     assert "rank 0 " in said[0] and "ended with 5 (rank 1 is lost" in said[0]

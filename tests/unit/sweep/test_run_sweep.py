@@ -5,13 +5,14 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import imported_once
+from tests.held_steps import HeldSteps
 from tests.sweep_outcomes import places
 from tests.tiny_training import CONFIG, train_here
 from trainer.atomic_io import replace_file
@@ -30,9 +31,10 @@ points: [{name: orphan, init_from: {run: nowhere}}]
 PATIENCE_S = 240
 
 
-def start(folder: Path) -> imported_once.Process:
+def start(folder: Path, environment: Mapping[str, str] | None = None) -> imported_once.Process:
     command = ["-m", "trainer", "sweep", "s.yaml", *places(folder)]
-    return imported_once.Process(command, cwd=folder, stdout=folder / "stdout", stderr=folder / "stderr")
+    stdout, stderr = folder / "stdout", folder / "stderr"
+    return imported_once.Process(command, cwd=folder, stdout=stdout, stderr=stderr, environment=environment)
 
 
 def wait_for(folder: Path, process: imported_once.Process) -> tuple[int, str]:
@@ -48,7 +50,9 @@ def newest_step(trial: Trial) -> int:
 
 def interrupt(folder: Path, number: signal.Signals, trial: Trial) -> tuple[int, str, int]:
     """Run the sweep until a trial has gone on from where it was, and send a signal to the sweep alone."""
-    before, process = newest_step(trial), start(folder)
+    before = newest_step(trial)
+    held = HeldSteps(folder / "held", (before + 15,), run=trial.name)
+    process = start(folder, held.environment())
     end = time.monotonic() + PATIENCE_S
     while newest_step(trial) <= before and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
