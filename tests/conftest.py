@@ -5,11 +5,13 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests import rewritten_asserts, shared_fork_server
 from tests.ranks import Ranks
 from trainer.prove.pool import LocalRanks
 
@@ -21,7 +23,26 @@ settings.load_profile("turnout")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs that the tests start inherit it
 
+_FORKS = pytest.StashKey[dict[str, Any]]()
 _SLOW_FOLDERS = {"end_to_end", "chaos"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Do once what each worker of pytest-xdist would do; tell it where the server of forks is."""
+    if _FORKS not in node.config.stash:
+        import tests.imported_once  # noqa: F401 - says what the server imports
+
+        node.config.stash[_FORKS] = shared_fork_server.start()
+        rewritten_asserts.write_all(node.config)  # while the server imports
+    node.workerinput["fork_server"] = node.config.stash[_FORKS]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Use that server in a worker."""
+    server = getattr(config, "workerinput", {}).get("fork_server")
+    if server is not None:
+        shared_fork_server.adopt(server)
 
 
 @pytest.hookimpl(wrapper=True)

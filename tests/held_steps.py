@@ -1,7 +1,8 @@
 """Steps at which a run waits for a test: so that no test depends on being faster than the run that it disturbs.
 
 A rank waits at the beginning of a step, where no collective is under way that could time out; its heartbeat goes on.
-A rank that was asked to stop waits no longer: it takes the step and saves. Obeyed by forks (tests/imported_once.py), and by python as a user starts it if `customize` has been called.
+A rank that was asked to stop waits no longer: it takes the step and saves. Obeyed by forks (tests/imported_once.py),
+and by python as a user starts it if `customize` has been called.
 """
 
 import os

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 import trainer.training.generate_text
 import trainer.training.main
-from tests import held_steps
+from tests import held_steps, shared_fork_server
 from tests.forked_children import fork_children
 from trainer import fault_injection
 from trainer.prove import pool  # uses the same server, so its imports are among these
@@ -42,9 +41,6 @@ CONTEXT.set_forkserver_preload(
         *("torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"),  # 2 s of a rank of DeepSpeed, or compiled
     ]
 )
-_SERVER: Any = getattr(forkserver, "_forkserver")  # noqa: B009 - it has no public name
-_OF_THE_SERVER = {"_forkserver_address", "_forkserver_authkey"}
-"""Attributes by which a process finds it."""
 
 
 class Process:
@@ -70,9 +66,7 @@ class Process:
         """
         variables = {**os.environ, **(environment or {})}
         outputs = [os.devnull if path is None else str(path.absolute()) for path in (stdout, stderr)]
-        forkserver.ensure_running()
-        server = {name: value for name, value in vars(_SERVER).items() if name in _OF_THE_SERVER}
-        todo = (list(arguments), str(cwd), outputs, variables, server)
+        todo = (list(arguments), str(cwd), outputs, variables, shared_fork_server.start())
         self._process = CONTEXT.Process(target=_work, args=todo, daemon=True)
         self._process.start()
         assert self._process.pid is not None
@@ -136,7 +130,7 @@ def _work(
     os.environ.clear()
     os.environ.update(variables)
     multiprocessing.current_process().daemon = False  # it may start ranks, by the same server, not by one of its own
-    vars(_SERVER).update(server, ensure_running=lambda: None)
+    shared_fork_server.adopt(server)
     fork_children(_run)
     _run(arguments)
 

@@ -82,9 +82,7 @@ def start(workplace: Path) -> Iterator[Start]:
     """Return a function that starts python in the folder; kill remaining processes after the test."""
     started = list[Started]()
 
-    def run(
-        *arguments: str, imports: bool = False, held: HeldSteps | None = None, **environment: str
-    ) -> Started:
+    def run(*arguments: str, imports: bool = False, held: HeldSteps | None = None, **environment: str) -> Started:
         """Start `python -m ARGUMENTS`; it and its children import everything themselves only if `imports`."""
         errors = workplace / f"stderr.{len(started)}"
         command = [*arguments] if arguments[0].endswith(".py") else ["-m", *arguments]
