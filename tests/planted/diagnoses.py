@@ -3,6 +3,7 @@
 from tests.planted.fault import in_package as _fault
 
 CLUSTER = "doctor/test_cluster_checks.py"
+DISPATCHERS = "doctor/test_measured_dispatchers.py"
 RANKS = "doctor/test_several_ranks.py"
 STEP = "doctor/test_step_checks.py"
 STATIC = "doctor/test_static_checks.py"
@@ -63,5 +64,33 @@ FAULTS = [
         "None if is_frozen(router) else getattr",
         "getattr",
         STEP,
+    ),
+    _fault(
+        "a dispatcher that loses some of many rows is recommended",
+        "doctor/cluster/measure_dispatchers.py",
+        "if not float((copied - expected).norm()) <=",
+        "if not -float((copied - expected).norm()) <=",
+        DISPATCHERS,
+    ),
+    _fault(
+        "a dispatcher that the config's rules refuse is tried",
+        "doctor/cluster/measure_dispatchers.py",
+        "for one in changed.problems() if",
+        "for one in changed.problems() if not",
+        DISPATCHERS,
+    ),
+    _fault(
+        "a disturbance of some rounds names a dispatcher",
+        "doctor/cluster/dispatch_evidence.py",
+        "one.rounds.best >= _CERTAIN * usual",
+        "one.rounds.best >= 0 * usual",
+        DISPATCHERS,
+    ),
+    _fault(
+        "the slowest dispatcher is recommended",
+        "doctor/cluster/dispatch_evidence.py",
+        "in sorted(timed)]",
+        "in sorted(timed, reverse=True)]",
+        DISPATCHERS,
     ),
 ]

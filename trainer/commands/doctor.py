@@ -38,7 +38,7 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--scale", choices=["auto", "full", "small"], default="auto", help=what)
     sub.add_argument("--world-size", type=ranks, metavar="N", help="ranks to train on (WORLD_SIZE, else 1)")
     sub.add_argument("--ranks-per-node", type=ranks, metavar="N", help="ranks of a machine (all, if it is not given)")
-    sub.add_argument("--cluster", action="store_true", help="measure ranks and links; start it by torchrun")
+    sub.add_argument("--cluster", action="store_true", help="measure ranks, links, dispatchers; by torchrun")
     sub.add_argument("--links", type=as_path, metavar="FILE", help="with --cluster: write what `plan --links` reads")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -87,16 +87,17 @@ def _step(config: ExperimentConfig, scale: "Scale") -> Diagnosis:
 
 
 def _cluster(options: argparse.Namespace) -> int:
-    """Measure the cluster; the config, if one is named, says only on which device."""
+    """Measure the cluster, and with a config its dispatcher beside all others."""
     if is_first_rank():
         check_target("--links", options.links)
-    device = "auto" if options.config is None else load_named_config(options).parallel.device
+    config = None if options.config is None else load_named_config(options)
+    degrees, device = (Degrees(), "auto") if config is None else (config.parallel.degrees, config.parallel.device)
+    layout = layout_from_environment(degrees if world_size_and_rank()[0] > 1 else Degrees())
 
-    from trainer.doctor.cluster.cluster_lines import cluster_lines
     from trainer.doctor.cluster.diagnose_cluster import diagnose_cluster
 
-    evidence, diagnosis = diagnose_cluster(device, layout_from_environment(Degrees()), links=options.links)
-    _show(options, diagnosis, lines=[*cluster_lines(evidence), ""], more={"cluster": evidence.record()})
+    measured, diagnosis = diagnose_cluster(device, layout, links=options.links, config=config)
+    _show(options, diagnosis, lines=[*measured.lines(), ""], more={"cluster": measured.record()})
     return diagnosis.exit_code
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from trainer.config.loader import load
 from trainer.doctor.cluster.cluster_checks import CLUSTER_CHECKS
+from trainer.doctor.cluster.dispatch_checks import DISPATCH_CHECKS
 from trainer.doctor.finding import DoctorFinding, examine
 from trainer.doctor.host_facts import HostFacts
 from trainer.doctor.recorded.run_checks import RUN_CHECKS
@@ -188,7 +189,7 @@ def test_what_is_severe_depends_on_how_bad_it_is() -> None:
 
 def test_the_documentation_has_every_check() -> None:
     text = (ROOT / "docs/doctor.md").read_text()
-    for check in (*STATIC_CHECKS, *STEP_CHECKS, *TEXT_CHECKS, *RUN_CHECKS, *CLUSTER_CHECKS):
+    for check in (*STATIC_CHECKS, *STEP_CHECKS, *TEXT_CHECKS, *RUN_CHECKS, *CLUSTER_CHECKS, *DISPATCH_CHECKS):
         assert f"| `{check.name}` | {check.severity} | {check.why} | {check.source} |" in text
 
 

@@ -42,7 +42,7 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
     rank.num_small = _repeats(rank.compute, workload.computed_s, rank, mesh.host)
     tiny = tiny_steps(mesh, device, workload.tiny_layers)
     work = [*_work(rank, world.size, per_node), *work_of_steps(rank, tiny)]
-    times = _timed(work, rank, mesh)
+    times = timed(work, rank, mesh)
     for step in tiny.values():
         step.close()
     pairs = sorted((int(name[1]), int(name[2])) for name in times if name[0] == "link")
@@ -127,7 +127,7 @@ def _tournament(players: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         circle = [circle[0], circle[-1], *circle[1:-1]]
 
 
-def _timed(work: Sequence[tuple[list[Work], Callable[[], None]]], rank: Rank, mesh: Mesh) -> Times:
+def timed(work: Sequence[tuple[list[Work], Callable[[], None]]], rank: Rank, mesh: Mesh) -> Times:
     """Return the seconds of every rank and round, by name; all ranks begin each piece of work together."""
     warm_up = mesh.host.all_gather_objects([_seconds(function, rank, mesh.host) for _, function in work])
     share = rank.workload.budget_s / len(work)
