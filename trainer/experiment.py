@@ -251,7 +251,6 @@ class ExperimentConfig(Config):
             yield Problem(*str(error).split(": ", 1))
         without_stages = {
             "engine.kind": isinstance(self.engine, DeepSpeedEngineConfig),
-            "eval.tasks": bool(self.eval.tasks),
             "metrics.routing_record": self.metrics.routing_record is not None,
             "metrics.routing_gap_every": self.metrics.routing_gap_every is not None,
             "train.routing_replay": self.train.routing_replay is not None,

@@ -29,6 +29,17 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "3 ranks, ep 3, uneven experts": (3, 3, {}),
     "4 ranks, ep 2, cut": (4, 2, {"data": "shard"}),
     "2 ranks, ep 1": (2, 1, {}),
+    "2 stages": (2, 1, {"pp_size": 2}),
+    "2 stages, there and back, of 2 ranks with experts, sharded": (
+        4,
+        2,
+        {"pp_size": 2, "pp_schedule": "zbv", "data": "shard"},
+    ),
+    "2 stages on each of 2 ranks that share heads": (
+        4,
+        2,
+        {"pp_size": 2, "pp_schedule": "interleaved_1f1b", "tp_size": 2},
+    ),
 }
 WRITING = {"greedy": SamplingOptions(temperature=0.0), "drawn": SamplingOptions(temperature=0.7, top_p=0.9)}
 
@@ -42,12 +53,14 @@ def _questions(count: int) -> list[Question]:
     return [Question(prompt=text(12), completions=[text(5) for _ in range(1 + i % 4)]) for i in range(count)]
 
 
-def score_and_generate(layout: Layout, parallel: dict[str, Any], num_questions: int) -> dict[str, Any]:
+def score_and_generate(
+    layout: Layout, parallel: dict[str, Any], num_questions: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Return scores and texts, computed in small passes."""
     mesh = build_mesh(layout, FlightRecorder())
-    config = tiny_model_config({"num_experts": 8}, seq_len=20)
-    engine = make_engine(config, dtype=torch.float64, mesh=mesh, parallel=ParallelConfig.model_validate(parallel))
-    context = EvalContext(engine=engine, world=mesh.world, tp=mesh.tp, tokens_per_pass=40)
+    config = tiny_model_config({"num_experts": 8, "first_dense_layers": 1}, seq_len=20, num_layers=5)
+    engine = make_engine(config, dtype=dtype, mesh=mesh, parallel=ParallelConfig.model_validate(parallel))
+    context = EvalContext(engine=engine, world=mesh.world, tp=mesh.tp, pp=mesh.pp, tokens_per_pass=40)
     questions = _questions(num_questions)
     prompts = [question.prompt for question in questions]
     texts = {
@@ -57,11 +70,13 @@ def score_and_generate(layout: Layout, parallel: dict[str, Any], num_questions: 
     return {"scores": score(context, questions), "texts": texts}
 
 
-def on_a_rank(ep_size: int, parallel: dict[str, Any], num_questions: int) -> dict[str, Any]:
+def on_a_rank(
+    ep_size: int, parallel: dict[str, Any], num_questions: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Run `score_and_generate` on one of several ranks."""
-    sizes = {"ep_size": ep_size, "cp_size": parallel.get("cp_size", 1), "tp_size": parallel.get("tp_size", 1)}
-    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), **sizes)
-    return score_and_generate(layout, parallel, num_questions)
+    sizes = {key: parallel[key] for key in ("cp_size", "tp_size", "pp_size", "pp_schedule") if key in parallel}
+    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, **sizes)
+    return score_and_generate(layout, parallel, num_questions, dtype)
 
 
 def evaluate_rows(layout: Layout, parallel: dict[str, Any]) -> tuple[list[EvalSums], RoutingGap | None]:
@@ -121,6 +136,13 @@ def test_many_ranks_score_and_generate_the_same_as_one_process(
         assert [one.is_greedy for one in found] == [one.is_greedy for one in expected]
         for one, other in zip(found, expected, strict=True):
             assert abs(one.log_prob - other.log_prob) < 1e-9
+
+
+def test_stages_score_and_generate_the_same_bits_in_bfloat16(ranks: Ranks) -> None:
+    """Two stages on two ranks read every question together, so nothing has another order."""
+    alone = score_and_generate(Layout(), {}, 5, torch.bfloat16)
+    for found in ranks.run(2, on_a_rank, 1, {"pp_size": 2, "pp_schedule": "interleaved_1f1b"}, 5, torch.bfloat16):
+        assert found == alone
 
 
 def test_sampled_texts_differ_from_greedy_ones_and_between_equal_prompts() -> None:

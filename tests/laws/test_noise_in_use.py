@@ -12,7 +12,8 @@ from tests.laws.test_router_oracles import VARIANTS
 from tests.registries import ROUTERS, num_experts_of
 from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
-from trainer.models.gpt import GPT, routing_context
+from trainer.models.gpt import GPT
+from trainer.models.routing_context import routing_context
 from trainer.moe.layer import MoE
 from trainer.moe.routers.config.options import NonCausalOptions
 from trainer.moe.routing import RouterOutput, RoutingOptions

@@ -6,6 +6,7 @@ IN_USE = "tests/laws/test_noise_in_use.py"
 LAYOUT = "tests/laws/test_layout.py::test_one_and_four_micro_batches_learn_the_same_in_float64[jitter]"
 ROUTERS = "trainer/moe/routers"
 GPT = "trainer/models/gpt.py"
+CONTEXT = "trainer/models/routing_context.py"
 BLOCK = "trainer/models/block.py"
 STEP = "trainer/engine/step.py"
 
@@ -84,25 +85,25 @@ FAULTS = [
     # Whose noise it is
     _fault(
         "the noise key is without the row",
-        GPT,
+        CONTEXT,
         "token_keys(seed, batch.sample_id, batch.position)",
         "token_keys(seed, 0 * batch.sample_id, batch.position)",
     ),
     _fault(
         "the noise key has the row of the batch",
-        GPT,
+        CONTEXT,
         "token_keys(seed, batch.sample_id, batch.position)",
         "token_keys(seed, torch.arange(num_sequences)[:, None].expand(-1, S), batch.position)",
     ),
     _fault(
         "the noise key is without the position",
-        GPT,
+        CONTEXT,
         "token_keys(seed, batch.sample_id, batch.position)",
         "token_keys(seed, batch.sample_id, 0 * batch.position)",
     ),
     _fault(
         "the noise key is without the seed",
-        GPT,
+        CONTEXT,
         "token_keys(seed, batch.sample_id, batch.position)",
         "token_keys(0, batch.sample_id, batch.position)",
     ),

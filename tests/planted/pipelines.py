@@ -3,6 +3,9 @@
 from tests.planted.fault import in_package
 
 LAW = "tests/laws/test_pipeline.py"
+_EVALUATED = "tests/laws/test_evaluation_layouts.py::test_many_ranks_score_and_generate_the_same_as_one_process"
+TASKS = f"{_EVALUATED}[2 stages-13]"
+BACK = f"{_EVALUATED}[2 stages, there and back, of 2 ranks with experts, sharded-13]"
 
 FAULTS = [
     in_package(
@@ -60,6 +63,41 @@ FAULTS = [
         "previous_counts=layers.taken(self.previous_counts)",
         "previous_counts=self.previous_counts[: len(layers.numbers)]",
         LAW,
+    ),
+    in_package(
+        "stages answer other questions",
+        "evaluation/context.py",
+        "return self.world.index % (self.world.size // self.pp.size) // self.tp.size",
+        "return self.world.index // self.tp.size",
+        TASKS,
+    ),
+    in_package(
+        "each stage sends the scores of its share",
+        "evaluation/context.py",
+        "return self.tp.index == 0 and self.pp.index == 0",
+        "return self.tp.index == 0",
+        TASKS,
+    ),
+    in_package(
+        "layers of a stage share the first place of its cache",
+        "models/kv_cache.py",
+        "layer=self.cache.layers.index(layer)",
+        "layer=0",
+        TASKS,
+    ),
+    in_package(
+        "a rank whose stages are neighbours forgets what one hands the other",
+        "parallel/stage_relay.py",
+        "self._kept[stage].append(hidden)",
+        "self._kept[stage].append(torch.zeros_like(hidden))",
+        BACK,
+    ),
+    in_package(
+        "each stage samples by the logits that it has",
+        "parallel/stage_relay.py",
+        "self.group.broadcast_(message, source=self.stages.rank_of(self.stages.number - 1))",
+        "self.group.broadcast_(message.clone(), source=self.stages.rank_of(self.stages.number - 1))",
+        TASKS,
     ),
     in_package(
         "ranks of a pipeline have other rows",

@@ -52,7 +52,7 @@ FAULTS = [
     ),
     _fault(
         "noise by the position in the part",
-        "models/gpt.py",
+        "models/routing_context.py",
         "token_keys(seed, batch.sample_id, batch.position)",
         "token_keys(seed, batch.sample_id, torch.arange(S).expand_as(batch.position))",
         NOISY,

@@ -25,30 +25,21 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import pipelining
 
 from trainer.data.batches.batch import Batch
-from trainer.distributed.collectives import Group
 from trainer.engine.passes import Gradients, RunLayers, Share, Take
 from trainer.models.gpt import GPTOutput
-from trainer.parallel.pipeline_stages import PipelineStages
+from trainer.parallel.stage_relay import StageRelay
 
 
 class Pipeline:
     """The stages of one rank, and the order in which it runs them."""
 
-    def __init__(
-        self, stages: PipelineStages, group: Group, *, width: int, dtype: torch.dtype, at_once: int = 1
-    ) -> None:
-        """Create the stages of a member of `group`, whose ranks hold one copy of the model together.
-
-        `width` and `dtype` are those of the residual stream; `at_once` is the number of micro-batches of a pass: 2 if
-        they overlap.
-        """
-        self.stages, self._group, self._width, self._dtype = stages, group, width, dtype
+    def __init__(self, relay: StageRelay, *, at_once: int = 1) -> None:
+        """Create the stages of a rank, which `relay` knows; a pass has `at_once` micro-batches: 2 if they overlap."""
+        self.stages, self.mine, self.has_last = relay.stages, relay.mine, relay.has_last
+        self._relay, self._group, self._width, self._dtype = relay, relay.group, relay.width, relay.dtype
         self._at_once = at_once
-        self._recorder = group.recorder
-        self.mine = stages.of_rank(group.index)
-        """Numbers of the stages here, in the order of the layers."""
-        self.has_last = stages.number - 1 in self.mine
-        self._modules = {number: _Stage(stages.layers[number]) for number in self.mine}
+        self._recorder = self._group.recorder
+        self._modules = {number: _Stage(self.stages.layers[number]) for number in self.mine}
         self._schedules: dict[tuple[int, int, int], Any] = {}
 
     def train(self, batches: Sequence[Batch], run: RunLayers, share: Share, gradients: Gradients) -> None:
@@ -91,32 +82,14 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], run: RunLayers, take: Take) -> None:
         """Run all batches forward only, one stage of this rank after another."""
-        kept: dict[tuple[int, int], Tensor] = {}
-        sent = []
-        for stage in self.mine:
-            layers, last = self.stages.layers[stage], self.stages.number - 1
-            for number, batch in enumerate(batches):
-                hidden = None
-                if stage > 0:
-                    source = self.stages.rank_of(stage - 1)
-                    hidden = kept.pop((stage - 1, number), None)
-                    if source != self._group.index:
-                        like = torch.empty(
-                            (*batch.tokens.shape, self._width), dtype=self._dtype, device=batch.tokens.device
-                        )
-                        hidden = self._group.receive(like, source=source)
+        for layers in self._relay.layers:
+            for batch in batches:
+                hidden = None if layers.start == 0 else self._relay.before(layers, batch.tokens.shape)
                 output = run(batch, hidden, layers)
                 take(output, batch, layers)
-                if stage == last:
-                    continue
-                assert output.hidden is not None
-                target = self.stages.rank_of(stage + 1)
-                if target == self._group.index:
-                    kept[stage, number] = output.hidden
-                else:
-                    sent.append(self._group.start_send(output.hidden.contiguous(), target=target))
-        for pending in sent:
-            pending.wait()
+                if output.hidden is not None:
+                    self._relay.after(layers, output.hidden)
+        self._relay.finish()
 
     def _run(self, batches: Sequence[Batch], hidden: Tensor | None, run: RunLayers, layers: range) -> list[GPTOutput]:
         """Return what some layers give of the micro-batches of a pass, from the residual streams before them."""

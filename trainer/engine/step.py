@@ -35,6 +35,7 @@ from trainer.moe.routing import RoutingOptions
 from trainer.moe.stats import experts_of
 from trainer.ops.noise import stable_hash
 from trainer.parallel.pipeline_stages import pipeline_stages
+from trainer.parallel.stage_relay import StageRelay
 
 
 class StepEngine(Engine):
@@ -65,7 +66,8 @@ class StepEngine(Engine):
         from trainer.engine.pipeline import Pipeline  # which imports torch's pipelining
 
         stages, dtype = pipeline_stages(config, model.vocab_size, mesh.layout), next(model.parameters()).dtype
-        return Pipeline(stages, mesh.pp, width=config.d_model, dtype=dtype, at_once=1 + model.overlaps)
+        relay = StageRelay(stages, mesh.pp, width=config.d_model, dtype=dtype)
+        return Pipeline(relay, at_once=1 + model.overlaps)
 
     # Gradients: implemented by each engine
 

@@ -24,18 +24,25 @@ class EvalContext:
     in each of them."""
     tp: Group = field(default_factory=Group.of_one)
     """Ranks that hold one copy of the heads together, so that they evaluate the same share."""
+    pp: Group = field(default_factory=Group.of_one)
+    """Ranks that hold the layers of one copy together, so that they evaluate the same share."""
     tokens_per_pass: int
     """Token budget of one rank's forward pass, padding included; a longer sequence gets a pass of its own."""
 
     @property
     def num_shares(self) -> int:
         """Number of shares that evaluations are split into."""
-        return self.world.size // self.tp.size
+        return self.world.size // self.pp.size // self.tp.size
 
     @property
     def share(self) -> int:
         """Index of this rank's share."""
-        return self.world.index // self.tp.size
+        return self.world.index % (self.world.size // self.pp.size) // self.tp.size
+
+    @property
+    def is_first_of_share(self) -> bool:
+        """Whether this is the rank, of those with its share, that sends the results."""
+        return self.tp.index == 0 and self.pp.index == 0
 
     @property
     def seq_len(self) -> int:

@@ -81,7 +81,7 @@ def score(context: EvalContext, questions: Sequence[Question]) -> list[list[Scor
     for _ in range(max(num_passes) - num_passes[context.share]):
         _empty_pass(context)
     scores: list[list[Score]] = [[] for _ in questions]
-    mine = local if context.tp.index == 0 else []
+    mine = local if context.is_first_of_share else []
     for question, _, log_prob, is_greedy in sorted(item for part in barrier_gather(world, mine) for item in part):
         scores[question].append(Score(log_prob=log_prob, is_greedy=is_greedy))
     return scores

@@ -16,9 +16,11 @@ from trainer.models.block import Block
 from trainer.models.blocks import Blocks, MicroBatch
 from trainer.models.config import ModelConfig, ShardKeeps
 from trainer.models.kv_cache import KVCache
+from trainer.models.layer_relay import LayerRelay
 from trainer.models.lora import add_adapters
 from trainer.models.norm import RMSNorm
 from trainer.models.rotary_embedding import rotary_embedding
+from trainer.models.routing_context import routing_context
 from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext, RoutingOptions, RowParts
 from trainer.moe.stats import MoEStats, experts_of
@@ -26,7 +28,6 @@ from trainer.ops.attention_mask import AttentionMask, MaskForm, PreparedMask, Ro
 from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 from trainer.ops.kernels import ExpertsKernel
-from trainer.ops.noise import token_keys
 from trainer.ops.softcap import softcapped
 
 _DEFAULTS = RoutingOptions()
@@ -87,6 +88,8 @@ class GPT(nn.Module):
         self.elsewhere = set[str]()  # weights and buffers that were given up
         self.row_parts: RowParts | None = None
         """Shows whole rows, where a batch has a part of each; None: rows are whole."""
+        self.relay: LayerRelay | None = None
+        """Passes tokens of a cache through layers that are elsewhere; None: all are here."""
 
     def forward(
         self,
@@ -170,10 +173,11 @@ class GPT(nn.Module):
         """
         if num_new is None:
             num_new = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-        hidden = self._append(tokens, cache, num_new)
-        last = (num_new - 1).clamp(min=0)
-        logits = self._logits(hidden[torch.arange(len(hidden), device=hidden.device), last])
-        return logits[:, : self.num_tokens]
+        hidden, logits = self._append(tokens, cache, num_new), None
+        if self.relay is None or self.relay.has_last:
+            last = (num_new - 1).clamp(min=0)
+            logits = self._logits(hidden[torch.arange(len(hidden), device=hidden.device), last])[:, : self.num_tokens]
+        return self._shared(logits, torch.Size((len(tokens), self.num_tokens)))
 
     def target_log_probs(
         self, tokens: Tensor, targets: Tensor, cache: KVCache, num_new: Tensor
@@ -182,17 +186,23 @@ class GPT(nn.Module):
 
         Dropless and without noise. Arguments as in `next_logits`; targets (B, S) are the tokens after `tokens`.
         """
-        normed = self.norm(self._append(tokens, cache, num_new))
-        return chunked_log_probs(normed, self._head_weight(), targets, self._head_chunks(normed))
+        hidden = self._append(tokens, cache, num_new)
+        log_probs = is_best = None
+        if self.relay is None or self.relay.has_last:
+            normed = self.norm(hidden)
+            log_probs, is_best = chunked_log_probs(normed, self._head_weight(), targets, self._head_chunks(normed))
+        return self._shared(log_probs, tokens.shape), self._shared(is_best, tokens.shape, torch.bool)
 
     def new_cache(self, num_rows: int, capacity: int, *, keeps_experts: bool = False) -> KVCache:
         """Return an empty cache for `capacity` tokens per row; `keeps_experts` needs routers with a fixed k."""
-        (_, block), weight = next(self.blocks.numbered()), self.embedding.weight
+        assert self.relay is None or not keeps_experts, "those of other stages are elsewhere"
+        (_, block), weight, layers = next(self.blocks.numbered()), next(self.parameters()), self.blocks.numbers
         num_heads, widths = block.attention.cache_shape
-        shape = self.config.num_layers, num_rows, capacity, num_heads
+        shape = len(layers), num_rows, capacity, num_heads
         # Not by `new_zeros`: of a sharded weight it makes a sharded tensor.
         keys, values = (torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device) for width in widths)
         return KVCache(
+            layers=layers,
             keys=keys,
             values=values,
             lengths=torch.zeros(num_rows, dtype=torch.int64, device=keys.device),
@@ -223,7 +233,7 @@ class GPT(nn.Module):
         return next(self.parameters()).device
 
     def _append(self, tokens: Tensor, cache: KVCache, num_new: Tensor) -> Tensor:
-        """Append new tokens to the cache and return their residual stream (B, S, D)."""
+        """Append new tokens to the cache and return their residual stream (B, S, D) after the last layer here."""
         B, S = tokens.shape
         extension = cache.extension(S, set(self.config.windows))
         context = RoutingContext(
@@ -237,14 +247,27 @@ class GPT(nn.Module):
             is_incremental=True,
         )
         # A head dimension of size 1, since each row has its own positions.
-        x = self.embedding(tokens)
-        rotary = rotary_embedding(self.config, extension.positions[:, None], x.dtype)
+        rotary = rotary_embedding(self.config, extension.positions[:, None], next(self.parameters()).dtype)
         given = MicroBatch(rotary=rotary, context=context, extension=extension)
-        hidden, moe = self.blocks.run(x, given, self.config, range(self.config.num_layers))
+        relay, hidden, moe = self.relay, tokens, tuple[MoEStats, ...]()
+        for layers in [range(self.config.num_layers)] if relay is None else relay.layers:
+            is_first = layers.start == 0
+            hidden = self.embedding(tokens) if relay is None or is_first else relay.before(layers, tokens.shape)
+            hidden, moe = self.blocks.run(hidden, given, self.config, layers)
+            if relay is not None and layers.stop < self.config.num_layers:
+                relay.after(layers, hidden)
         if cache.experts is not None:
             cache.experts.append(experts_of(moe, tokens.shape))
         cache.grow(num_new, at_most=S)
         return hidden
+
+    def _shared(self, found: Tensor | None, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+        """Return what the rank with the last layer has found; in float32 or wider, unless a dtype is given."""
+        if self.relay is None:
+            assert found is not None, "all layers are here"
+            return found
+        wide = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        return self.relay.shared(found, shape, wide if dtype is None else dtype)
 
     def _masks(self, batch: Batch) -> dict[int | None, PreparedMask | None]:
         """Return the keys visible to each query, by the layers' windows; None: all that are not later."""
@@ -275,26 +298,3 @@ class GPT(nn.Module):
         logits = F.linear(self.norm(hidden), self._head_weight())
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return softcapped(wide, self.config.logit_softcap)  # (..., V)
-
-
-def routing_context(batch: Batch, options: RoutingOptions, row_parts: RowParts | None = None) -> RoutingContext:
-    """Return the routers' context for a micro-batch; `row_parts` shows the rest of rows that it has parts of."""
-    num_sequences, S = batch.tokens.shape
-    seed = options.noise_seed
-    keys = None if seed is None else token_keys(seed, batch.sample_id, batch.position).flatten()
-    return RoutingContext(
-        token_ids=batch.tokens.flatten(),
-        valid=batch.valid.flatten(),
-        position=batch.position.flatten(),
-        sequence_index=torch.arange(num_sequences, device=batch.tokens.device).repeat_interleave(S),
-        num_sequences=num_sequences,
-        num_valid=batch.num_valid,
-        noise_key=keys,
-        top_k=options.top_k,
-        dropless=options.dropless,
-        counted=batch.target_mask.flatten() if options.counts_targets_only else None,
-        return_router_outputs=options.return_router_outputs,
-        return_experts=options.return_experts,
-        replayed=None if batch.experts is None else batch.experts.flatten(0, 1),
-        row_parts=None if batch.row_document_id is None else row_parts,
-    )

@@ -11,7 +11,7 @@ overwritten before any query of that row sees them.
 # L layers, B rows, S new tokens, T slots that they may see, H query heads, Hkv key and value heads, d head width.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class KVCache:
     With latent attention a token's latent and rotated key are one entry in `keys`, and `values` have width 0.
     """
 
+    layers: Sequence[int]
+    """Numbers of the L layers: all of the model, or those of some stages."""
     keys: Tensor
     """(L, B, capacity, Hkv, d)."""
     values: Tensor
@@ -85,7 +87,11 @@ class KVCache:
             return chosen
 
         return KVCache(
-            keys=copied(self.keys), values=copied(self.values), lengths=self.lengths[rows], longest=self.longest
+            layers=self.layers,
+            keys=copied(self.keys),
+            values=copied(self.values),
+            lengths=self.lengths[rows],
+            longest=self.longest,
         )
 
 
@@ -103,7 +109,7 @@ class Extension:
 
     def layer(self, layer: int, window: int | None) -> "LayerCache":
         """Return the slots of one layer, which has this window."""
-        return LayerCache(extension=self, layer=layer, visible=self.visible[window])
+        return LayerCache(extension=self, layer=self.cache.layers.index(layer), visible=self.visible[window])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +118,7 @@ class LayerCache:
 
     extension: Extension
     layer: int
+    """Index among the layers of the cache."""
     visible: Tensor | None
     """(B, 1, S, T) slots visible to each new token; None: attention is causal among them."""
 

@@ -28,6 +28,7 @@ from trainer.parallel.pipeline_stages import pipeline_stages
 from trainer.parallel.ring_attention import RingAttention
 from trainer.parallel.shards import local, shard_index
 from trainer.parallel.shared_rows import SharedRows
+from trainer.parallel.stage_relay import StageRelay
 from trainer.parallel.tensor_parallel import WholeRows, cut_matrices, cut_parameters
 from trainer.parallel.ulysses import UlyssesAttention
 
@@ -57,7 +58,9 @@ def parallelize(
     5. This rank's weights are allocated and initialized.
     """
     if mesh.pp.size > 1:
-        model.keep(pipeline_stages(model.config, model.vocab_size, mesh.layout).layers_of(mesh.pp.index))
+        stages, stream = pipeline_stages(model.config, model.vocab_size, mesh.layout), next(model.parameters()).dtype
+        model.keep(stages.layers_of(mesh.pp.index))
+        model.relay = StageRelay(stages, mesh.pp, width=model.config.d_model, dtype=stream)
     layers, num_copies = model.moe_layers(), 0
     if mesh.tp.size > 1:
         cut_matrices(model, mesh.tp)

@@ -128,7 +128,6 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     others = config.model_dump()
     if max(case.pp_size, case.cp_size, case.tp_size) > 1:  # what only looks, and needs whole rows or all layers
         others["metrics"] |= {"routing_record": None, "routing_gap_every": None}
-        others["eval"] |= {"tasks": []}
     return ExperimentConfig.model_validate({**others, "parallel": parallel, "engine": engine})
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trainer.data.batches.batch import Batch
 from trainer.engine.base import Engine
-from trainer.models.gpt import routing_context
+from trainer.models.routing_context import routing_context
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.routing import RoutingOptions
 from trainer.report.report_data import DropRates

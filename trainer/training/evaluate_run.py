@@ -187,7 +187,7 @@ def _held_out(
 def _context(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContext:
     """Build the context of tasks, with the token budget of a training micro-batch."""
     tokens_per_pass = config.parallel.micro_batch_size * config.model.seq_len
-    return EvalContext(engine=engine, world=mesh.world, tp=mesh.tp, tokens_per_pass=tokens_per_pass)
+    return EvalContext(engine=engine, world=mesh.world, tp=mesh.tp, pp=mesh.pp, tokens_per_pass=tokens_per_pass)
 
 
 def _write_files(

@@ -96,8 +96,6 @@ def generate_text(
 def sample_held_out(run: RunState) -> Sample:
     """Continue the beginning of the first domain's held-out text. Collective: experts are on all ranks."""
     corpus, world = run.corpus, run.mesh.world
-    if run.mesh.pp.size > 1:  # a text passes through one stage after another for each token
-        return Sample(prompt="", text="", error=None)
     prompt = _document_prompt(held_out_prompt(corpus, run.config.data.packing), run.config, corpus.tokenizer)
     tokens = generate(
         run.engine.model,

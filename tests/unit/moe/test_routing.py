@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from tests.builders import make_batch, make_model, tiny_model_config
 from trainer.contracts.router_inputs import B, S, context_of, make_router, make_x
-from trainer.models.gpt import routing_context
+from trainer.models.routing_context import routing_context
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routers.registry import RouterConfig

@@ -48,7 +48,7 @@ def generate_batched(
                 anybody=lambda is_active: bool(world.all_reduce_(torch.tensor([int(is_active)], device=world.device))),
             )
         generated += zip(numbers, texts, strict=True)
-    mine = generated if context.tp.index == 0 else []
+    mine = generated if context.is_first_of_share else []
     return [text for _, text in sorted(item for part in barrier_gather(world, mine) for item in part)]
 
 
