@@ -39,6 +39,7 @@ CONTEXT.set_forkserver_preload(
         *("torch.distributed.launcher.api", "trainer.distributed.liveness_pipe"),  # of torchrun
         *("scipy.optimize", "scipy.sparse"),  # half of the time of a run that measures routing_gap
         *("torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"),  # 2 s of a rank of DeepSpeed, or compiled
+        "tests.freeze_imports",  # last: forks need not look for garbage in all of these
     ]
 )
 

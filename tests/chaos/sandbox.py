@@ -150,6 +150,7 @@ def _work(cwd: Path, report: Path, arguments: list[str], environment: dict[str, 
     os.environ |= environment
     from trainer.cli import main
 
+    imported_once.shorten_sample()
     start = _peak_bytes()
     try:
         main(arguments)

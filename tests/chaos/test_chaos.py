@@ -1,13 +1,13 @@
 """Short form of the chaos suite, and checks that it covers every fault point."""
 
 import re
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import imported_once
 from tests.chaos.kills import NEVER_THERE, POINTS
 from tests.chaos.removed_protections import KILLED, STOPPED
 from tests.chaos.run import scenarios
@@ -18,17 +18,36 @@ SCENARIOS = list(scenarios(release=False, seed=0))
 
 
 @pytest.fixture(scope="module")
-def lines(request: pytest.FixtureRequest) -> Iterator[Iterator[str]]:
+def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[str]]:
     """Yield the output of one run of the chosen scenarios.
 
     In a process of its own: ranks are forks, and must not inherit the state of earlier tests.
     """
     chosen = [item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")]
-    command = [sys.executable, "-m", "tests.chaos.run", *(f"--only={name}" for name in SCENARIOS if name in chosen)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout
-        process.kill()
+    command = ["-m", "tests.chaos.run", *(f"--only={name}" for name in SCENARIOS if name in chosen)]
+    folder = tmp_path_factory.mktemp("said")
+    process = imported_once.Process(command, cwd=ROOT, stdout=folder / "stdout", stderr=folder / "stderr")
+    yield _lines(process, folder)
+    process.kill()
+
+
+def _lines(process: imported_once.Process, folder: Path) -> Iterator[str]:
+    """Yield what a process prints, line by line, and its errors when it has ended."""
+    while not (folder / "stdout").exists():
+        time.sleep(0.05)
+    line = ""
+    with (folder / "stdout").open() as said:
+        while True:
+            has_ended = process.poll() is not None  # asked before reading: nothing comes afterwards
+            line += said.readline()
+            if line.endswith("\n"):
+                yield line
+                line = ""
+            elif has_ended:
+                break
+            else:
+                time.sleep(0.05)
+    yield line + (folder / "stderr").read_text()
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

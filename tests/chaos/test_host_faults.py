@@ -14,7 +14,8 @@ CHOSEN = ("first host lost", "clock ahead")
 @pytest.fixture(scope="module")
 def said() -> str:
     """Return the rows of the chosen faults."""
-    command = [sys.executable, "-m", "tests.chaos.host_faults", *(f"--only={fault}" for fault in CHOSEN)]
+    beside = [str(ROOT / "tests/two_hosts.sh"), "--beside"]
+    command = [*beside, sys.executable, "-m", "tests.chaos.host_faults", *(f"--only={fault}" for fault in CHOSEN)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     if done.returncode == 77:
         pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
