@@ -1,6 +1,6 @@
 """The work of a rank of which `doctor --cluster` measures the time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,12 @@ class Workload:
     tiny_layers: Sequence[int] = (2, 6)
     """Layers of a shallow and a deep tiny model, whose difference has neither a first nor a last part. None: what a
     step takes beyond its products is not measured."""
-    budget_s: float = 60.0
-    """Time for all rounds."""
+    in_a_row_s: float = 0.03
+    """Time of collectives that follow each other, with computation in between."""
+    budget_s: float = 40.0
+    """Time for all rounds of ranks and links."""
+    overheads_s: float = 20.0
+    """Time for all rounds of the rest."""
 
     @classmethod
     def of(cls, device: torch.device) -> "Workload":
@@ -45,7 +49,9 @@ class Workload:
 Work = tuple[str, ...]
 """Name of what is timed: `matmul`, `copy`, a collective as in `all_reduce BYTES`, `link A B`, `latency A B`, `compute`,
 `beside all_reduce BYTES`, `tiny LAYERS SHARDED`."""
-IN_A_ROW = 10
+Piece = tuple[list[Work], Callable[[], None]]
+"""Work, and the names under which its time is kept."""
+MOST_IN_A_ROW = 10
 """Collectives one after the other, with computation between them."""
 
 
@@ -61,6 +67,7 @@ class Rank:
         self._message, self._part = (torch.zeros(max(workload.sizes) // 4, device=device) for _ in range(2))
         self._rows = self._factor[: max(1, width // 8)]
         self.num_products = self.num_copies = self.num_small = 1
+        self.in_a_row: dict[tuple[str | None, int], int] = {}
 
     def multiply(self) -> None:
         """Multiply two matrices, several times."""
@@ -79,8 +86,8 @@ class Rank:
             hidden = torch.nn.functional.gelu(torch.mm(hidden, self._factor))
 
     def alternate(self, kind: str | None, num_bytes: int = 0) -> None:
-        """Compute and take part in a collective in turn; None: only compute."""
-        for _ in range(IN_A_ROW):
+        """Compute and take part in a collective in turn, several times; None: only compute."""
+        for _ in range(self.in_a_row.get((kind, num_bytes), MOST_IN_A_ROW)):
             self.compute()
             if kind is not None:
                 getattr(self, kind)(num_bytes)

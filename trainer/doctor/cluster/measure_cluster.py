@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
 
@@ -19,9 +19,9 @@ from trainer.doctor.cluster.cluster_evidence import (
     LinkSpeed,
     RankSpeed,
 )
-from trainer.doctor.cluster.cluster_work import Rank, Work, Workload
-from trainer.doctor.cluster.measure_overheads import overheads_of, tiny_steps, work_of_steps
-from trainer.doctor.cluster.timed_rounds import COLLECTIVES, Rounds, Times, curve_of, slowest
+from trainer.doctor.cluster.cluster_work import MOST_IN_A_ROW, Piece, Rank, Work, Workload
+from trainer.doctor.cluster.measure_overheads import between_computations, overheads_of, tiny_steps, work_of_steps
+from trainer.doctor.cluster.timed_rounds import COLLECTIVES, Rounds, curve_of, slowest
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
 _CLOCK_ROUNDS = 9
@@ -40,9 +40,12 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
     burst = workload.burst_s
     rank.num_products, rank.num_copies = (_repeats(work, burst, rank, mesh.host) for work in (rank.multiply, rank.copy))
     rank.num_small = _repeats(rank.compute, workload.computed_s, rank, mesh.host)
+    for kind, num_bytes in between_computations(rank):
+        number = _repeats(partial(getattr(rank, kind), num_bytes), workload.in_a_row_s, rank, mesh.host)
+        rank.in_a_row[kind, num_bytes] = min(number, MOST_IN_A_ROW)
     tiny = tiny_steps(mesh, device, workload.tiny_layers)
-    work = [*_work(rank, world.size, per_node), *work_of_steps(rank, tiny)]
-    times = timed(work, rank, mesh)
+    times = timed(_work(rank, world.size, per_node), workload.budget_s, rank, mesh)
+    times |= timed(work_of_steps(rank, tiny), workload.overheads_s, rank, mesh)
     for step in tiny.values():
         step.close()
     pairs = sorted((int(name[1]), int(name[2])) for name in times if name[0] == "link")
@@ -67,7 +70,7 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
             for pair in pairs
         ],
         collectives={kind: curve_of(times, kind) for kind in COLLECTIVES},
-        overheads=overheads_of(times, tiny),
+        overheads=overheads_of(times, tiny, rank),
         clocks=_clock_offsets(mesh.host),
         matmul_flops=2.0 * workload.width**3 * rank.num_products,
         copy_bytes=2.0 * workload.copied * rank.num_copies,
@@ -84,7 +87,7 @@ def _of_pair(times: Sequence[Sequence[float]], pair: tuple[int, int]) -> Rounds:
     return slowest([times[rank] for rank in pair])
 
 
-def _work(rank: Rank, size: int, per_node: int) -> Iterator[tuple[list[Work], Callable[[], None]]]:
+def _work(rank: Rank, size: int, per_node: int) -> Iterator[Piece]:
     """Yield everything that is measured, with what it is a time of."""
     me = rank.world.index
     yield [("matmul",)], rank.multiply
@@ -127,10 +130,12 @@ def _tournament(players: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         circle = [circle[0], circle[-1], *circle[1:-1]]
 
 
-def timed(work: Sequence[tuple[list[Work], Callable[[], None]]], rank: Rank, mesh: Mesh) -> Times:
+def timed(pieces: Iterable[Piece], budget_s: float, rank: Rank, mesh: Mesh) -> dict[Work, list[list[float]]]:
     """Return the seconds of every rank and round, by name; all ranks begin each piece of work together."""
+    if not (work := list(pieces)):
+        return {}
     warm_up = mesh.host.all_gather_objects([_seconds(function, rank, mesh.host) for _, function in work])
-    share = rank.workload.budget_s / len(work)
+    share = budget_s / len(work)
     rounds = [
         max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(share / max(of_ranks)))) for of_ranks in zip(*warm_up, strict=True)
     ]

@@ -53,7 +53,7 @@ def measure_dispatchers(
         ([("dispatcher", kind)], trial.run) for kind, trial in trials.items() if faults[kind] is None
     ]
     nothing = Workload(width=1, copied=4, sizes=[4], link=4, budget_s=budget_s)
-    times = timed(work, Rank(nothing, mesh.world, device), mesh) if work else {}
+    times = timed(work, nothing.budget_s, Rank(nothing, mesh.world, device), mesh)
     return DispatchEvidence(
         own=config.parallel.dispatcher.kind,
         ep_size=mesh.ep.size,
