@@ -23,7 +23,7 @@ SHAPE = [
             2,
             [
                 *("model.num_layers=6", "parallel.ep_size=2", "parallel.overlap=micro_batches"),
-                *("train.global_batch_size=16", "parallel.recompute=none", "model.moe.num_experts=2"),
+                *("train.global_batch_size=16", "model.moe.num_experts=2"),
             ],
         ),
     ],
