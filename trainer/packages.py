@@ -21,6 +21,7 @@ _EXTRAS: Final = {
 
 _ARGUMENTS: Final = {
     "deep_ep": "git+https://github.com/deepseek-ai/DeepEP",
+    "nccl": "'nccl-extensions[cu13]'",
     "scattermoe": "git+https://github.com/shawntan/scattermoe",
     # Its metadata asks for torch 2.9.1 or older, which pip would install.
     "sonicmoe": "quack-kernels && pip install --no-deps sonic-moe",

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from tests.contracts import test_dispatchers
-from tests.doubles import deep_ep, symmetric_memory
+from tests.doubles import deep_ep, nccl_ep, symmetric_memory
 from tests.doubles.deep_ep import EPHandle, doubled
 from tests.laws import test_overlap
 from tests.ranks import Ranks, mesh_here
@@ -20,24 +20,37 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.deepep import DeepEPDispatcher
 from trainer.moe.dispatch.local import LocalDispatcher
-from trainer.moe.dispatch.registry import DeepEPDispatcherConfig, DispatcherOptions, SymmetricMemoryDispatcherConfig
+from trainer.moe.dispatch.registry import (
+    DeepEPDispatcherConfig,
+    DispatcherOptions,
+    NcclEPDispatcherConfig,
+    SymmetricMemoryDispatcherConfig,
+)
 from trainer.moe.routing import RoutingDecision
 from trainer.parallel.dispatcher_canary import RowDtypes, dispatcher_fault
 
 DEEPEP = DeepEPDispatcherConfig(tokens_per_rank=64)
-CONFIGS = {"deepep": DEEPEP, "symmetric_memory": SymmetricMemoryDispatcherConfig()}
+NCCL_EP = NcclEPDispatcherConfig(tokens_per_rank=64)
+CONFIGS = {"deepep": DEEPEP, "nccl_ep": NCCL_EP, "symmetric_memory": SymmetricMemoryDispatcherConfig()}
 SHARED, TOP_P = "parallel.dispatcher={kind: symmetric_memory}", "model.moe.router={kind: top_p}"
 SHAPES = {
     "deepep": [(2, 4, 2), (2, 4, 1), (4, 8, 3), (4, 4, 2)],
-    "symmetric_memory": [*test_dispatchers.SHAPES.values(), (4, 16, 3)],
+    "nccl_ep": [(2, 4, 1), (4, 8, 3)],  # the same code but for the library's calls
+    "symmetric_memory": [(2, 4, 1), (2, 3, 3), (3, 8, 2), (4, 16, 3)],
 }
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (2, {}),
+    (4, {"overlap": "micro_batches", "recompute": "block"}),
+    (4, {"replicas": 2}),
+]
 
 
 def as_double(kind: str, *, wide: bool = True) -> AbstractContextManager[None]:
-    """Let this process have a library; deepep in float64 too if `wide`. Symmetric memory sends any dtype."""
+    """Let this process have a library, in float64 too if `wide`. Symmetric memory sends any dtype."""
     if kind == "symmetric_memory":
         return symmetric_memory.doubled()
-    return deep_ep.doubled(rows=torch.float64, weights=torch.float64) if wide else deep_ep.doubled()
+    double = {"deepep": deep_ep.doubled, "nccl_ep": nccl_ep.doubled}[kind]
+    return double(rows=torch.float64, weights=torch.float64) if wide else double()
 
 
 def test_every_library_has_a_double() -> None:
@@ -87,8 +100,7 @@ def learned(kind: str, layout: dict[str, Any], parallel: dict[str, Any]) -> floa
     return max(float((ours[name] - plain[name]).abs().max()) for name in ours if ours[name].shape == plain[name].shape)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"overlap": "micro_batches", "recompute": "block"}, {"replicas": 2}], ids=str)
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_it_learns_what_all_to_all_does(ranks: Ranks, kind: str, world_size: int, parallel: dict[str, Any]) -> None:
     for largest in ranks.run(world_size, learned, kind, {"ep_size": 2}, parallel):
@@ -122,6 +134,7 @@ def refusals() -> list[str]:
 
     note(lambda: DEEPEP.build(mesh, 5))
     note(lambda: DEEPEP.build(mesh, 4).begin(x, fixed))  # without the package
+    note(lambda: NCCL_EP.build(mesh, 4).begin(x, fixed))
     with doubled():
         note(lambda: DEEPEP.build(mesh, 4).begin(x, varying))
         note(lambda: DeepEPDispatcherConfig(tokens_per_rank=2).build(mesh, 4).begin(x, fixed))
@@ -131,7 +144,8 @@ def refusals() -> list[str]:
 
 def test_what_it_cannot_do_is_refused_by_name(ranks: Ranks) -> None:
     for said in ranks.run(2, refusals):
-        uneven, package, varying, tokens, library = said
+        uneven, package, extensions, varying, tokens, library = said
+        assert "nccl_ep: needs nccl, which is not installed; pip install 'nccl-extensions[cu13]'" in extensions
         assert "equally many experts on all ranks, and 5 over ep_size 2" in uneven
         assert "needs deep_ep, which is not installed; pip install git+https" in package
         assert "needs a fixed number of experts per token" in varying

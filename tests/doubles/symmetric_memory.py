@@ -4,7 +4,7 @@ What an exchange returns is NaN until it is awaited, and so are received rows th
 may still read or write, since only two exchanges later all are done with it, is refused.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -15,11 +15,10 @@ import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
+from tests.doubles.late_stream import NAN_BYTE, LateStream
 from trainer.distributed import symmetric_rows
-from trainer.distributed.exchange import Arriving
 
 _MOST_PARTS, _MOST_RANKS = 16, 32
-_NAN_BYTE = 255  # all bits set: NaN in every floating-point dtype
 
 
 @contextmanager
@@ -42,22 +41,6 @@ def doubled() -> Iterator[None]:
         yield
 
 
-class LateStream:
-    """Runs exchanges at once, and shows their results once they are awaited."""
-
-    def start(self, exchange: Callable[[], tuple[Tensor, ...]], given: Sequence[Tensor]) -> Arriving:
-        """Run an exchange."""
-        results = exchange()
-        shown = tuple(torch.full_like(result, torch.nan) for result in results)
-        waits = iter([results])
-
-        def wait() -> None:
-            for buffer, result in zip(shown, next(waits), strict=True):  # a second wait fails
-                buffer.copy_(result)
-
-        return Arriving(shown, wait)
-
-
 class Memory:
     """Allocations of this rank, and what the last exchange of a group used."""
 
@@ -72,7 +55,7 @@ class Memory:
         """Return memory with any content."""
         assert device.type == "cpu"
         tensor = torch.empty(shape, dtype=dtype)
-        tensor.view(torch.uint8).fill_(_NAN_BYTE)
+        tensor.view(torch.uint8).fill_(NAN_BYTE)
         cls.sizes[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
@@ -113,7 +96,7 @@ def _all_to_all_vdev_2d(
     assert (in_splits >= 0).all() and in_splits.sum() <= len(input), "more rows than there are"
     sent = input[: int(in_splits.sum())].split(in_splits.tolist())
     everyone = _gather(group, [rows.clone() for rows in sent])
-    out.view(torch.uint8).fill_(_NAN_BYTE)
+    out.view(torch.uint8).fill_(NAN_BYTE)
     row = 0
     for part in range(parts):
         first = row

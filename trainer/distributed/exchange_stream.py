@@ -23,6 +23,11 @@ def exchange_stream(device: torch.device) -> ExchangeStream:
     return _CudaStream(device) if device.type == "cuda" else _InOrder()
 
 
+def stream_pointer(device: torch.device) -> int:
+    """Return the address of the present stream, for libraries; 0 on a device without streams."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class _InOrder:
     """A device without streams: an exchange is over when it has been started."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.config.base import Problem
 from trainer.models.config import ModelConfig
 from trainer.moe.config import MoEConfig
-from trainer.moe.dispatch.registry import DeepEPDispatcherConfig, SymmetricMemoryDispatcherConfig
+from trainer.moe.dispatch.registry import SymmetricMemoryDispatcherConfig, TokenLibraryOptions
 from trainer.parallel.config import ParallelConfig
 
 _MOST_SHARING = 32
@@ -21,9 +21,9 @@ def library_problems(model: ModelConfig, parallel: ParallelConfig, dtype: str) -
     if parallel.device == "cpu":
         text = f"{dispatcher.kind} exchanges between GPUs, and parallel.device is cpu; {_INSTEAD}"
         yield Problem(key, text)
-    if isinstance(dispatcher, DeepEPDispatcherConfig):
-        for text in _of_deepep(model, moe, parallel, dtype):
-            yield Problem(key, f"deepep {text}; {_INSTEAD}")
+    if isinstance(dispatcher, TokenLibraryOptions):
+        for text in _of_tokens(model, moe, parallel, dtype):
+            yield Problem(key, f"{dispatcher.kind} {text}; {_INSTEAD}")
         tokens = parallel.micro_batch_size * model.seq_len // parallel.row_size
         if tokens > dispatcher.tokens_per_rank:
             given = f"{dispatcher.tokens_per_rank}, and a micro-batch has {tokens} tokens"
@@ -34,8 +34,8 @@ def library_problems(model: ModelConfig, parallel: ParallelConfig, dtype: str) -
         yield Problem("parallel.ep_size", f"{given}; use {_MOST_SHARING} or fewer, or {_INSTEAD.removeprefix('use ')}")
 
 
-def _of_deepep(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig, dtype: str) -> Iterator[str]:
-    """Yield what DeepEP's kernels do not take."""
+def _of_tokens(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig, dtype: str) -> Iterator[str]:
+    """Yield what kernels that sum tokens do not take."""
     if dtype != "bfloat16":
         yield f"sends rows in bfloat16, and train.dtype is {dtype}; use bfloat16"
     if moe.num_experts % parallel.ep_size:

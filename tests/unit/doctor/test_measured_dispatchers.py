@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.doubles import deep_ep, symmetric_memory
+from tests.doubles import deep_ep, nccl_ep, symmetric_memory
 from tests.ranks import Ranks, mesh_here
 from trainer.config.loader import load
 from trainer.doctor.cluster import measure_dispatchers as measuring
@@ -30,6 +30,7 @@ def measure(ep_size: int, ranks_per_node: int, overrides: list[str], doubled: bo
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         if doubled:
             stack.enter_context(deep_ep.doubled())
+            stack.enter_context(nccl_ep.doubled())
             stack.enter_context(symmetric_memory.doubled())
             asked = measuring.refusal
             patch.setattr(
@@ -55,7 +56,7 @@ def test_all_that_can_serve_are_measured_and_the_others_say_why(ranks: Ranks) ->
     }  # fmt: skip
     assert all(one.fault is None and one.rounds and len(one.rounds.seconds) == 3 for one in first.speeds)
     assert all(one.options["wire"] == "bfloat16" for one in first.speeds)
-    assert first.refused == {"deepep": "it needs GPUs", "symmetric_memory": "it needs GPUs"}
+    assert first.refused == dict.fromkeys(["deepep", "nccl_ep", "symmetric_memory"], "it needs GPUs")
     assert (first.tokens, first.top_k, first.num_experts) == (32, 2, 8)
 
     plain, _ = ranks.run(2, measure, 2, 2, [], False)
@@ -67,6 +68,8 @@ def test_all_that_can_serve_are_measured_and_the_others_say_why(ranks: Ranks) ->
 def test_libraries_are_measured_on_their_doubles(ranks: Ranks) -> None:
     for found in ranks.run(2, measure, 2, 2, ["train.dtype=bfloat16"], True):
         deepep, shared = found.of("deepep"), found.of("symmetric_memory")
+        other = found.of("nccl_ep")
+        assert other is not None and other.rounds, other
         assert deepep is not None and shared is not None and deepep.rounds and shared.rounds, found.speeds
         assert deepep.yaml == "dispatcher: {kind: deepep, tokens_per_rank: 32}"
 

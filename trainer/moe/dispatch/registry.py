@@ -137,21 +137,26 @@ class HierarchicalDispatcherConfig(ExchangeOptions):
         return HierarchicalDispatcher(mesh, num_experts, self.wire, self.chunks)
 
 
-class DeepEPDispatcherConfig(DispatcherOptions):
-    """`deduplicated_all_to_all` by DeepEP's kernels, in bfloat16, between GPUs. Proven on a double only."""
+class TokenLibraryOptions(DispatcherOptions):
+    """Options of libraries that send a token once to each rank that has any of its experts, in bfloat16."""
 
     needs_gpus: ClassVar[bool] = True
-    kind: Literal["deepep"] = "deepep"
     tokens_per_rank: Annotated[int, Field(ge=1, le=1 << 20)] = 8192
     """Most tokens that a rank sends in one pass, such as `micro_batch_size` x `seq_len`: buffers are made for them."""
-
-    def packages(self) -> Iterator[tuple[str, str]]:
-        """Yield the package that it is from."""
-        yield "kind", "deep_ep"
 
     def on_any_device(self) -> DispatcherOptions:
         """Return the dispatcher that sends the same rows by collectives."""
         return DeduplicatedDispatcherConfig()
+
+
+class DeepEPDispatcherConfig(TokenLibraryOptions):
+    """`deduplicated_all_to_all` by DeepEP's kernels, in bfloat16, between GPUs. Proven on a double only."""
+
+    kind: Literal["deepep"] = "deepep"
+
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the package that it is from."""
+        yield "kind", "deep_ep"
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Create the dispatcher: `local` if all experts are on one rank."""
@@ -160,6 +165,24 @@ class DeepEPDispatcherConfig(DispatcherOptions):
         from trainer.moe.dispatch.deepep import DeepEPDispatcher
 
         return DeepEPDispatcher(mesh.ep, num_experts, self.tokens_per_rank)
+
+
+class NcclEPDispatcherConfig(TokenLibraryOptions):
+    """`deduplicated_all_to_all` by NVIDIA's NCCL EP, in bfloat16, between GPUs. Proven on a double only."""
+
+    kind: Literal["nccl_ep"] = "nccl_ep"
+
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the package that it is from."""
+        yield "kind", "nccl"
+
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
+        """Create the dispatcher: `local` if all experts are on one rank."""
+        if mesh.ep.size == 1:
+            return LocalDispatcherConfig().build(mesh, num_experts)
+        from trainer.moe.dispatch.nccl_ep import NcclEPDispatcher
+
+        return NcclEPDispatcher(mesh.ep, num_experts, self.tokens_per_rank)
 
 
 class SymmetricMemoryDispatcherConfig(WireOptions):
@@ -193,6 +216,7 @@ DispatcherConfig = Annotated[
     | AllGatherDispatcherConfig
     | HierarchicalDispatcherConfig
     | DeepEPDispatcherConfig
+    | NcclEPDispatcherConfig
     | SymmetricMemoryDispatcherConfig,
     Field(discriminator="kind"),
     Pluggable("dispatchers", DispatcherOptions),
