@@ -33,7 +33,7 @@ OF_TWO = {
     "heads": ["parallel.tp_size=2", "parallel.ep_size=2", "model.moe.first_dense_layers=1"],
     "ZeRO 2": ["engine={kind: deepspeed, zero_stage: 2}", "parallel.ep_size=2"],
 }
-STAGES = ["parallel.pp_size=2", "model.num_layers=4", "parallel.micro_batch_size=1", "train.global_batch_size=6"]
+STAGES = ["parallel.pp_size=2", "model.num_layers=4", "parallel.micro_batch_size=1", "train.global_batch_size=4"]
 OF_STAGES = {
     "gpipe": [*STAGES, "parallel.pp_schedule=gpipe", "model.tie_embeddings=false"],
     "1f1b": [*STAGES, "parallel.recompute=block"],
@@ -47,7 +47,10 @@ OF_FOUR = {
     "heads, sharded": ["parallel.tp_size=2", "parallel.data=shard", "parallel.recompute=norms_and_activations"],
     "rows shared in a ring": ["parallel.cp_size=4", "parallel.cp=ring", "parallel.recompute=block"],
     "experts over a stage": [*STAGES, "parallel.ep_size=2", "parallel.data=shard", "parallel.shard_keeps=weights"],
-    "stages whose micro-batches overlap": [*STAGES, "parallel.ep_size=2", "parallel.overlap=micro_batches"],
+    "stages whose micro-batches overlap": [
+        *(*STAGES, "train.global_batch_size=6"),  # two pairs for a rank
+        *("parallel.ep_size=2", "parallel.overlap=micro_batches"),
+    ],
     "four stages": [*STAGES, "parallel.pp_size=4"],  # last: torch names groups by how many there were
 }
 
