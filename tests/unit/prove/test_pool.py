@@ -62,7 +62,7 @@ def test_local_ranks_listen_on_the_loopback_interface_alone() -> None:
 def test_a_failure_is_returned_for_its_rank_and_the_processes_are_replaced() -> None:
     with closing(LocalRanks()) as ranks:
         for kind in (DataError, RemoteRankError, None):
-            _, failure = ranks.run(2, fail, kind, timeout_s=5)
+            _, failure = ranks.run(2, fail, kind, timeout_s=60)
             assert isinstance(failure, Failure)
             assert failure.is_lost == (kind is None)
             if kind is not None:
