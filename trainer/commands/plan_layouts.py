@@ -35,8 +35,8 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--recompute", type=names, default=RECOMPUTES, metavar="A,B", help="what to compute again (all)")
     sub.add_argument("--engine", type=names, default=ENGINES, metavar="A,B", help="native, deepspeed (both)")
     sub.add_argument("--top", type=whole, default=6, metavar="N", help="layouts to find (6)")
-    what = "after so many seconds, measure no further layout if one fits (24)"
-    sub.add_argument("--seconds", type=_positive, default=24.0, metavar="S", help=what)
+    what = "after so many seconds, measure no further layout if one fits (17)"
+    sub.add_argument("--seconds", type=_positive, default=17.0, metavar="S", help=what)
     sub.add_argument("--write", type=as_path, metavar="FILE", help="write the config with the fastest layout")
     sub.add_argument("--json", action="store_true", help="print what was found as one JSON object")
 

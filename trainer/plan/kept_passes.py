@@ -33,3 +33,10 @@ def kept_layers(schedule: ScheduleName, stages: PipelineStages, rank: int, numbe
     """Return the layers whose passes a rank keeps at once, each pass counted."""
     passes = kept_passes(schedule, stages.num_ranks, rank, number)
     return sum(len(stages.layers[stage]) * n for stage, n in zip(stages.of_rank(rank), passes, strict=True))
+
+
+def received_buffers(stages_per_rank: int, *, num_neighbours: int) -> int:
+    """Return the messages of a pass for which a rank has buffers: torch makes those of all passes before the first."""
+    if stages_per_rank == 1:
+        return num_neighbours
+    return 3 if num_neighbours == 1 else 4

@@ -16,7 +16,7 @@ from typing import Final
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.pipeline_stages import SCHEDULES, PipelineStages, num_passes, pipeline_stages
 from trainer.plan.fake_step import num_ids_of
-from trainer.plan.kept_passes import PLANNED, kept_layers, kept_passes
+from trainer.plan.kept_passes import PLANNED, kept_layers, kept_passes, received_buffers
 from trainer.plan.layer_pattern import layer_pattern
 from trainer.plan.measured_rank import Ranks, fake_rank
 from trainer.plan.step_cost import Quantity, StepCost, cost_of, extrapolated, totals_of
@@ -120,7 +120,7 @@ def _in_flight(config: ExperimentConfig, ranks: Ranks, place: _Place, step: Prob
     more = sum(each * (w - h) for each, w, h in zip(kept, wanted, here, strict=True))
     message = _message_bytes(config, ranks)
     num_ends = (place.rank > 0) + (place.rank < own.pp_size - 1)  # neighbours
-    buffers = num_ends if len(here) == 1 else 3 if num_ends == 1 else 4  # of each pass, received
+    buffers = received_buffers(len(here), num_neighbours=num_ends)  # of each pass
     always = max(0, num_micro_batches - taken * own.at_once) * step.batch + (number - taken) * buffers * message
     if len(here) > 1:  # torch keeps what it sent to the end of the step
         more += buffers * message * max(0, number - max(wanted) - (taken - max(here)))

@@ -40,7 +40,7 @@ class PlanRequest:
     imbalance: float = 1.0
     trace: Path | None = None
     wanted: int = 6
-    seconds: float = 24.0
+    seconds: float = 17.0
 
 
 def plan_config(request: PlanRequest, *, write: Path | None = None, as_json: bool = False) -> int:
@@ -88,13 +88,21 @@ def found_layouts(request: PlanRequest) -> Plan:
     ids = num_ids_of(request.config)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.plan.measure_layout"])
-    with ProcessPoolExecutor(2, context, initializer=_prepare_worker) as pool:  # they start with the first deep model
+    with ProcessPoolExecutor(2, context, initializer=_prepare_worker) as pool:
+        pool.submit(gc.collect)  # they start while layouts are listed
 
         def measure(config: ExperimentConfig) -> StepCost:
             return measure_layout(config, ranks, pool=pool)
 
         return find_layouts(
-            request.config, cluster, request.choices, measure, num_ids=ids, links=request.links, effort=effort
+            request.config,
+            cluster,
+            request.choices,
+            measure,
+            num_ids=ids,
+            links=request.links,
+            effort=effort,
+            imbalance=request.imbalance,
         )
 
 

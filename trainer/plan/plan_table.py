@@ -36,6 +36,8 @@ def plan_lines(config: ExperimentConfig, cluster: Cluster, plan: Plan, *, assume
         yield f"no: does not fit; most memory is needed in {window_name(smallest.worst)}{of}"
     if plan.num_without_room:
         yield f"{plan.num_without_room} others have no room for weights, gradients and moments alone"
+    if plan.num_without_room_for_rows:
+        yield f"{plan.num_without_room_for_rows} others surely have none with what rows keep and what is gathered"
     yield from _reasons(plan)
 
 

@@ -6,7 +6,7 @@ from trainer.config.loader import load
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.plan.gpus import GPUS, gpu_named
-from trainer.plan.layout_estimates import estimated_seconds, least_state_bytes
+from trainer.plan.layout_estimates import estimated_time, least_state_bytes
 from trainer.plan.layouts import Choices, Cluster, PlannedLayout, layouts_of
 
 CONFIG = load("configs/quickstart.yaml", ["train.global_batch_size=64"], ExperimentConfig)
@@ -89,7 +89,7 @@ def test_more_sharing_needs_less_and_more_rows_surely_need_more() -> None:
 
 def test_the_estimate_prefers_work_that_is_done_once() -> None:
     times = [
-        estimated_seconds(CONFIG, PlannedLayout(recompute=name, micro_batch_size=4), cluster(16), 256)
+        estimated_time(CONFIG, PlannedLayout(recompute=name, micro_batch_size=4), cluster(16), 256).total()
         for name in ("none", "norms_and_activations", "experts", "block")
     ]
     assert times == sorted(times)
@@ -97,7 +97,7 @@ def test_the_estimate_prefers_work_that_is_done_once() -> None:
 
 def test_the_estimate_of_a_cpu_prefers_few_operations() -> None:
     own = cluster(2)._replace(gpu=gpu_named("cpu"))
-    times = [estimated_seconds(CONFIG, PlannedLayout(micro_batch_size=size), own, 256) for size in (32, 8, 2, 1)]
+    times = [estimated_time(CONFIG, PlannedLayout(micro_batch_size=size), own, 256).total() for size in (32, 8, 2, 1)]
     assert times == sorted(set(times))
 
 
