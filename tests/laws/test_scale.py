@@ -64,6 +64,8 @@ class CountedStore:
     def __init__(self, world_size: int) -> None:
         beat = Heartbeat(number=1, state="works", step=1, phase="data", where="", count=1, operations=[], barriers=0)
         self.values = {key_of(rank): beat.to_json() for rank in range(world_size)}
+        together = json.dumps({str(index): json.loads(beat.to_json()) for index in range(8)})
+        self.values |= {f"beats/{first}": together for first in range(0, world_size, 8)}
         self.counters = {"started": world_size - 1}
         self.requests, self.num_bytes = 0, 0
 
@@ -103,6 +105,7 @@ def requests_of(
 ) -> tuple[int, int, int]:
     """Return the requests of a rank at start, while it looks after others in a barrier, and at the end; at most."""
     monkeypatch.setattr(verdict, "_READ_INTERVAL_S", 0.0)
+    monkeypatch.setattr(verdict, "_SETTLE_S", 0.0)
     monkeypatch.setattr(watchdog, "_LIVENESS_CHECK_S", 0.0)
     monkeypatch.setattr(watchdog, "_EXIT_S", 1e6)
     store: Any = CountedStore(world_size)

@@ -18,6 +18,20 @@ FAULTS = [
         "distributed/test_verdict.py::test_whichever_ranks_are_lost_another_one_watches_one_of_them",
     ),
     in_package(
+        "only the first rank of a node publishes",
+        "distributed/heartbeat_thread.py",
+        "if board.is_due(_PUBLISH_S):",
+        "if board.is_due(_PUBLISH_S) and self._rank == self._node.first:",
+        "distributed/test_heartbeat_thread.py::test_frozen_ranks_are_silent_and_no_others",
+    ),
+    in_package(
+        "a node's heartbeats are taken for newer than a rank's own",
+        "distributed/heartbeat_thread.py",
+        'together["number"] > found[rank].number',
+        'together["number"] > 0',
+        "distributed/test_heartbeat_thread.py::test_a_rank_with_news_is_heard_at_once_and_a_last_word_stays",
+    ),
+    in_package(
         "a comparison of ranks looks at the largest value only",
         "distributed/collectives.py",
         "return ends[0] != ~ends[1]",

@@ -17,9 +17,11 @@ from trainer.errors import CommError
 
 _KEY, _TURN = "verdict", "verdict/turn"
 _MAX_TURNS = 3
-_TURN_S = 6.0  # for another rank's verdict, which takes _READ_INTERVAL_S and two readings
+_TURN_S = 7.0  # for another rank's verdict, which takes _SETTLE_S, _READ_INTERVAL_S and two readings
 _READ_INTERVAL_S = 2.5
 """Pause between two readings of the heartbeats, in which a living rank's heartbeat is certain to change."""
+_SETTLE_S = 1.0
+"""Time in which what a lost rank had written for its node is published, so that two readings do not differ by it."""
 _POLL_S = 0.2
 _MAX_WATCHED = 16  # of this node
 
@@ -80,6 +82,7 @@ def find_cause(read: Callable[[], Mapping[int, Heartbeat]], error: CommError, *,
 
     The rank noticed it by `error`, after it had waited for the collective for `waited_s`.
     """
+    time.sleep(_SETTLE_S)
     before = read()
     time.sleep(_READ_INTERVAL_S)
     beats = read()

@@ -1,8 +1,8 @@
 """Watchdog: name the lost rank when a collective fails or hangs, and end this one.
 
-Every rank publishes a heartbeat once a second in torchrun's store. A rank that waits for others in a barrier reads
-those of the few that it watches. When a collective has failed or timed out, one rank reads all of them twice, and names
-the ranks that have gone silent, for everyone (`verdict.py`); then all exit.
+The heartbeats of all ranks are published once a second in torchrun's store, node by node. A rank that waits for others
+in a barrier reads those of the few that it watches. When a collective has failed or timed out, one rank reads all of
+them twice, and names the ranks that have gone silent, for everyone (`verdict.py`); then all exit.
 
 The store may also fall silent, if its host freezes or is cut off. Requests to it then block for ever, whatever timeout
 torch was given. So the watchdog's thread sends no requests while all is well, and sets a deadline before each request
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from trainer.distributed.deadline import exit_after, exit_now
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.heartbeat import MAX_OPERATIONS_SHOWN, Heartbeat, diagnose_lost_store
-from trainer.distributed.heartbeat_thread import HeartbeatThread, key_of
+from trainer.distributed.heartbeat_thread import HeartbeatThread, NodeRanks, key_of, read_heartbeats
 from trainer.distributed.process import is_alive, pid_namespace
 from trainer.distributed.verdict import Verdict, find_cause, is_known, reach_verdict, watched_ranks
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, first_line
@@ -66,13 +66,15 @@ class Watchdog:
         ranks_per_node: int | None = None,
     ) -> None:
         self.rank, self.world_size, self.recorder = rank, world_size, recorder
-        self._watched = watched_ranks(rank, world_size=world_size, ranks_per_node=ranks_per_node or world_size)
+        self._ranks_per_node = ranks_per_node or world_size
+        self._watched = watched_ranks(rank, world_size=world_size, ranks_per_node=self._ranks_per_node)
         self.timeout_s, self.on_gpu = timeout_s, on_gpu
         # Separate connections: a blocked request blocks all users of its connection.
         self._store = store.clone()  # pyrefly: ignore[missing-attribute]
         self._store.set_timeout(timedelta(seconds=_KEY_TIMEOUT_S))
         connection = store.clone()  # pyrefly: ignore[missing-attribute]
-        self._heartbeats = HeartbeatThread(connection, rank=rank, beat=self._beat)
+        node = NodeRanks.of(rank, world_size=world_size, ranks_per_node=self._ranks_per_node)
+        self._heartbeats = HeartbeatThread(connection, rank=rank, node=node, beat=self._beat)
         self._store_address, self._store_node_ranks = store_address, store_node_ranks
         self._state: Literal["gave up", "left"] | None = None
         self._error: str | None = None
@@ -249,8 +251,7 @@ class Watchdog:
         return f"{text}\n  noticed by {error}"
 
     def _read(self, ranks: Sequence[int]) -> dict[int, Heartbeat]:
-        texts = self._store.multi_get([key_of(rank) for rank in ranks])
-        return {rank: Heartbeat.from_json(text) for rank, text in zip(ranks, texts, strict=True)}
+        return read_heartbeats(self._store, ranks, world_size=self.world_size, ranks_per_node=self._ranks_per_node)
 
     def _last(self) -> str:
         operations = list(self.recorder.operations)

@@ -83,6 +83,7 @@ def test_another_rank_looks_if_the_first_one_ends_meanwhile(monkeypatch: pytest.
 
 def test_a_rank_without_new_heartbeats_is_lost_unless_an_error_ended_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "_READ_INTERVAL_S", 0.0)
+    monkeypatch.setattr(verdict, "_SETTLE_S", 0.0)
     error = CommError("rank 0: #9 failed")
     readings = iter([{0: beat(1), 1: beat(5)}, {0: beat(2), 1: beat(5)}])
     lost = find_cause(lambda: next(readings), error, waited_s=1.0)
