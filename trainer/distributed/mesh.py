@@ -121,6 +121,8 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
             where = f"rank {layout.rank}: a collective of torch or DeepSpeed failed at step {recorder.step}"
             raise watch.explain(CommError(f"{where}: {backend_reason(error)}")) from error
         watch.leave(error)
+        if (shown := watch.as_shown(error)) is not error:
+            raise shown from error
         raise
     watch.leave()
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ _LIVENESS_CHECK_S, _MAX_POLL_S = 2.0, 0.5
 """While waiting in a barrier: interval of liveness checks, and longest interval of polls."""
 _STORE_DEADLINE_S = 4.0  # deadline for the store's answer after this rank gave up
 _KEY_TIMEOUT_S = 5.0  # timeout for a key that should be in the store
+_REPORT_S = 10.0  # time for rank 0 to report what normally all ranks have found
+_REPORTED = "reported"
 _CHECK_S = 0.25
 _GRACE_S = 1.0  # time after its timeout at which the watchdog ends a collective that did not fail by itself
 _EXIT_S = 2.0  # time for a rank that gave up to exit regularly
@@ -197,9 +199,37 @@ class Watchdog:
         self._heartbeats.stop(wait_s=_KEY_TIMEOUT_S)  # limited, since the store may be silent or lost
         self._thread.join()
 
+    def as_shown(self, error: BaseException) -> BaseException:
+        """Return the error that ended this rank's run, as it is shown: by one rank alone.
+
+        Normally rank 0 has the same one; if it has not reported it for a while, this rank does, with its number.
+        """
+        if not isinstance(error, TurnoutError) or error.is_on_every_rank:
+            return error
+        try:
+            if self.rank == 0 or error.is_rank_specific:
+                self._store.add(_REPORTED, 1)
+                return error
+            end = time.monotonic() + _REPORT_S
+            while time.monotonic() < end:
+                with self._deadline(error):
+                    if self._store.add(_REPORTED, 0) > 0:
+                        return RemoteRankError(str(error), error.exit_code)
+                time.sleep(_MAX_POLL_S)
+            if self._store.add(_REPORTED, 1) > 1:
+                return RemoteRankError(str(error), error.exit_code)
+        except RuntimeError:  # the store is lost
+            pass
+        shown = type(error)(f"rank {self.rank}: {error}")
+        shown.exit_code, shown.is_rank_specific = error.exit_code, True
+        return shown
+
+    def _deadline(self, error: TurnoutError) -> AbstractContextManager[object]:
+        return exit_after(_STORE_DEADLINE_S, f"rank {self.rank}: {error}", error.exit_code)
+
     def _shared_error(self, verdict: Verdict) -> TurnoutError:
         """Return the error: to be shown on the first rank that asks, silent on the others or if already reported."""
-        if verdict.is_reported or self._store.add("reported", 1) > 1:
+        if verdict.is_reported or self._store.add(_REPORTED, 1) > 1:
             return RemoteRankError(verdict.text, verdict.exit_code)
         error = CommError(verdict.text)
         error.exit_code = verdict.exit_code
