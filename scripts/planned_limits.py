@@ -79,7 +79,13 @@ def train_within(path: Path, folder: Path, limit: int, trial: int) -> int | None
     places = [f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache", f"name=trial_{trial}"]
     config = load(path, [*places, *_SHORT], ExperimentConfig)
     own = config.parallel
-    layout = PlannedLayout(ep_size=own.ep_size, shard_size=own.shard_size)
+    layout = PlannedLayout(
+        ep_size=own.ep_size,
+        shard_size=own.shard_size,
+        cp_size=own.cp_size,
+        pp_size=own.pp_size,
+        pp_schedule=own.pp_schedule,
+    )
     world = dist.get_world_size()
     mesh = mesh_of(world, world, layout, FlightRecorder())
     where = RunFolder(Path(config.runs_dir) / config.name)
@@ -142,7 +148,8 @@ def main() -> None:
 
 def _line(world_size: int, limit: int, trial: Trial, peak: int | None) -> str:
     layout = trial.layout
-    name = f"{world_size} {layout.ep_size} {layout.sharding:<21} {layout.recompute:<21} {layout.micro_batch_size:>3}"
+    shared = f"{layout.ep_size} {layout.groups:<9} {layout.sharding:<21}"
+    name = f"{world_size} {shared} {layout.recompute:<21} {layout.micro_batch_size:>3}"
     asked = f"{'planned' if trial.is_planned else 'refused'}{trial.why}"
     memory = "any" if limit >= 1 << 40 else f"{limit / 1e6:.2f} MB"
     found = "over the limit" if peak is None else f"trained, peak {peak / trial.peak:.4f} of it"
