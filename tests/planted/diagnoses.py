@@ -81,9 +81,9 @@ FAULTS = [
     ),
     _fault(
         "a disturbance of some rounds names a dispatcher",
-        "doctor/cluster/dispatch_evidence.py",
-        "one.rounds.best >= _CERTAIN * usual",
-        "one.rounds.best >= 0 * usual",
+        "doctor/cluster/timed_rounds.py",
+        "self.best >= _CERTAIN * usual",
+        "self.best >= 0 * usual",
         DISPATCHERS,
     ),
     _fault(

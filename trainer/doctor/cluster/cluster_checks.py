@@ -14,8 +14,6 @@ from trainer.doctor.finding import Sign
 
 _SLOW_RANK = 1.25
 _SLOW_LINK, _LATE_LINK = 2.0, 3.0
-_CERTAIN = 1.1
-"""Best round of an outlier over the usual time of the others."""
 _MOST_SKEW_S = 1.0
 
 
@@ -27,9 +25,7 @@ def _is_outlier(rounds: Rounds, others: Sequence[Rounds], factor: float) -> floa
     if not others:
         return None
     usual = statistics.median_high(other.median for other in others)
-    if rounds.median < factor * usual or rounds.best < _CERTAIN * usual:
-        return None
-    return rounds.median / usual
+    return rounds.times_slower(usual, factor)
 
 
 def _slow_ranks(cluster: ClusterEvidence) -> Iterator[Sign]:

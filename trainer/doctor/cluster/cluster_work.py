@@ -115,11 +115,6 @@ class Rank:
         counts = [num_bytes // 4 if other == partner else 0 for other in range(self.world.size)]
         self._exchange(counts)
 
-    def wait(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def _whole_and_part(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         count = max(1, num_bytes // 4 // self.world.size)
         return self._message[: count * self.world.size], self._part[:count]

@@ -7,8 +7,6 @@ from typing import Any
 from trainer.doctor.cluster.timed_rounds import Rounds
 
 _SLOW = 1.25
-_CERTAIN = 1.1
-"""Best round of a dispatcher over the usual time of the fastest one: a disturbance of some rounds names nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +64,7 @@ class DispatchEvidence:
         one = self.of(kind)
         if one is None or one.rounds is None or self.right[0].rounds is None:
             return None
-        usual = self.right[0].rounds.median
-        is_slow = one.rounds.median >= _SLOW * usual and one.rounds.best >= _CERTAIN * usual
-        return one.rounds.median / usual if is_slow else None
+        return one.rounds.times_slower(self.right[0].rounds.median, _SLOW)
 
     def record(self) -> dict[str, Any]:
         """Return JSON values."""

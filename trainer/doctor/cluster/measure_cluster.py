@@ -38,14 +38,16 @@ def measure_cluster(mesh: Mesh, device: torch.device, workload: Workload | None 
     rank = Rank(workload, world, device)
     hosts = mesh.host.all_gather_objects(socket.gethostname())
     burst = workload.burst_s
-    rank.num_products, rank.num_copies = (_repeats(work, burst, rank, mesh.host) for work in (rank.multiply, rank.copy))
-    rank.num_small = _repeats(rank.compute, workload.computed_s, rank, mesh.host)
+    rank.num_products, rank.num_copies = (
+        _repeats(work, burst, mesh.host, device) for work in (rank.multiply, rank.copy)
+    )
+    rank.num_small = _repeats(rank.compute, workload.computed_s, mesh.host, device)
     for kind, num_bytes in between_computations(rank):
-        number = _repeats(partial(getattr(rank, kind), num_bytes), workload.in_a_row_s, rank, mesh.host)
+        number = _repeats(partial(getattr(rank, kind), num_bytes), workload.in_a_row_s, mesh.host, device)
         rank.in_a_row[kind, num_bytes] = min(number, MOST_IN_A_ROW)
     tiny = tiny_steps(mesh, device, workload.tiny_layers)
-    times = timed(_work(rank, world.size, per_node), workload.budget_s, rank, mesh)
-    times |= timed(work_of_steps(rank, tiny), workload.overheads_s, rank, mesh)
+    times = timed(_work(rank, world.size, per_node), workload.budget_s, mesh, device)
+    times |= timed(work_of_steps(rank, tiny), workload.overheads_s, mesh, device)
     for step in tiny.values():
         step.close()
     pairs = sorted((int(name[1]), int(name[2])) for name in times if name[0] == "link")
@@ -130,11 +132,11 @@ def _tournament(players: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         circle = [circle[0], circle[-1], *circle[1:-1]]
 
 
-def timed(pieces: Iterable[Piece], budget_s: float, rank: Rank, mesh: Mesh) -> dict[Work, list[list[float]]]:
+def timed(pieces: Iterable[Piece], budget_s: float, mesh: Mesh, device: torch.device) -> dict[Work, list[list[float]]]:
     """Return the seconds of every rank and round, by name; all ranks begin each piece of work together."""
     if not (work := list(pieces)):
         return {}
-    warm_up = mesh.host.all_gather_objects([_seconds(function, rank, mesh.host) for _, function in work])
+    warm_up = mesh.host.all_gather_objects([_seconds(function, mesh.host, device) for _, function in work])
     share = budget_s / len(work)
     rounds = [
         max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(share / max(of_ranks)))) for of_ranks in zip(*warm_up, strict=True)
@@ -144,24 +146,25 @@ def timed(pieces: Iterable[Piece], budget_s: float, rank: Rank, mesh: Mesh) -> d
         for count, (names, function) in zip(rounds, work, strict=True):
             if number * count // _MOST_ROUNDS == (number + 1) * count // _MOST_ROUNDS:
                 continue  # rounds of what takes long are spread over all
-            seconds = _seconds(function, rank, mesh.host)
+            seconds = _seconds(function, mesh.host, device)
             for name in names:
                 mine[name].append(seconds)
     everyone = mesh.host.all_gather_objects([[list(name), seconds] for name, seconds in mine.items()])
     return {tuple(name): [of_rank[index][1] for of_rank in everyone] for index, (name, _) in enumerate(everyone[0])}
 
 
-def _repeats(function: Callable[[], None], seconds: float, rank: Rank, host: Group) -> int:
+def _repeats(function: Callable[[], None], seconds: float, host: Group, device: torch.device) -> int:
     """Return how often a rank that nothing disturbs can do something in a time, the same on all ranks."""
-    times = host.all_gather_objects(min(_seconds(function, rank, host) for _ in range(_LEAST_ROUNDS)))
+    times = host.all_gather_objects(min(_seconds(function, host, device) for _ in range(_LEAST_ROUNDS)))
     return max(1, int(seconds / min(times)))
 
 
-def _seconds(function: Callable[[], None], rank: Rank, host: Group) -> float:
+def _seconds(function: Callable[[], None], host: Group, device: torch.device) -> float:
     _meet(host)
     start = time.perf_counter()
     function()
-    rank.wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 

@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ from trainer.config.build_plugin import build_plugin
 from trainer.config.check_packages import check_packages
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
-from trainer.doctor.cluster.cluster_work import Rank, Work, Workload
+from trainer.doctor.cluster.cluster_work import Piece
 from trainer.doctor.cluster.dispatch_evidence import DispatcherSpeed, DispatchEvidence
 from trainer.doctor.cluster.measure_cluster import timed
 from trainer.doctor.cluster.timed_rounds import slowest
@@ -49,11 +49,8 @@ def measure_dispatchers(
             refused[options.kind] = problem
     trials = {kind: _Trial(options, rows, mesh) for kind, options in possible.items()}
     faults = {kind: _of_any(trial.fault(), mesh) for kind, trial in trials.items()}
-    work: list[tuple[list[Work], Callable[[], None]]] = [
-        ([("dispatcher", kind)], trial.run) for kind, trial in trials.items() if faults[kind] is None
-    ]
-    nothing = Workload(width=1, copied=4, sizes=[4], link=4, budget_s=budget_s)
-    times = timed(work, nothing.budget_s, Rank(nothing, mesh.world, device), mesh)
+    work: list[Piece] = [([("dispatcher", kind)], trial.run) for kind, trial in trials.items() if faults[kind] is None]
+    times = timed(work, budget_s, mesh, device)
     return DispatchEvidence(
         own=config.parallel.dispatcher.kind,
         ep_size=mesh.ep.size,

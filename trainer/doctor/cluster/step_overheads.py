@@ -20,13 +20,13 @@ class TinySpeed:
     operations: int
     gathers: int
     reductions: int
-    """Of groups of sharded weights."""
+    """Collectives of groups of sharded weights, as `gathers` are."""
     rounds: Rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOverheads:
-    """What was measured of it."""
+    """Measured times of tiny steps, and of collectives between computations."""
 
     whole: tuple[TinySpeed, TinySpeed]
     """A shallow and a deep model."""

@@ -8,6 +8,10 @@ from typing import Any
 COLLECTIVES = ("all_reduce", "all_to_all", "all_gather", "reduce_scatter")
 
 
+_CERTAIN = 1.1
+"""Best round of what is slow over the usual time: a disturbance of some rounds names nobody."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
     """Seconds of the same work in interleaved rounds, so that a disturbance of the machine is in one of each."""
@@ -23,6 +27,11 @@ class Rounds:
     def best(self) -> float:
         """The shortest time."""
         return min(self.seconds)
+
+    def times_slower(self, usual: float, factor: float) -> float | None:
+        """Return its time over the usual one; None unless that is the factor or more, and its best round slow too."""
+        is_slow = self.median >= factor * usual and self.best >= _CERTAIN * usual
+        return self.median / usual if is_slow else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
