@@ -78,16 +78,8 @@ def train_within(path: Path, folder: Path, limit: int, trial: int) -> int | None
     be_quiet()
     places = [f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache", f"name=trial_{trial}"]
     config = load(path, [*places, *_SHORT], ExperimentConfig)
-    own = config.parallel
-    layout = PlannedLayout(
-        ep_size=own.ep_size,
-        shard_size=own.shard_size,
-        cp_size=own.cp_size,
-        pp_size=own.pp_size,
-        pp_schedule=own.pp_schedule,
-    )
     world = dist.get_world_size()
-    mesh = mesh_of(world, world, layout, FlightRecorder())
+    mesh = mesh_of(world, world, config.parallel.degrees, FlightRecorder())
     where = RunFolder(Path(config.runs_dir) / config.name)
     console = Console(config.train.steps, file=io.StringIO())
     with StopRequest() as stop, closing(console), TensorBytes(limit) as counts:

@@ -20,7 +20,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, build_mesh
-from trainer.distributed.rank_layout import Layout
+from trainer.distributed.rank_layout import Degrees, Layout
 from trainer.experiment import ExperimentConfig
 from trainer.lab.costs.saved_bytes import peak_bytes
 from trainer.plan.fake_step import num_ids_of, runnable
@@ -98,9 +98,10 @@ def real_steps(path: str, overrides: Sequence[str], cases: Sequence[Case]) -> li
 
 
 def _real_step(own: ExperimentConfig, by_number: ExperimentConfig, case: Case) -> Measured:
-    counted = config_of_layout(by_number, case.layout)
-    step = probe_step(counted, mesh_of(*case, WindowRecorder()), _CPU, ProbeOptions(num_ids=num_ids_of(own), seed=1))
-    config, mesh = config_of_layout(own, case.layout), mesh_of(*case, FlightRecorder())
+    counted, config = (config_of_layout(each, case.layout) for each in (by_number, own))
+    place = case.world_size, case.per_node, config.parallel.degrees
+    step = probe_step(counted, mesh_of(*place, WindowRecorder()), _CPU, ProbeOptions(num_ids=num_ids_of(own), seed=1))
+    mesh = mesh_of(*place, FlightRecorder())
     model = build_parallel_model(config, ByteTokenizer(), mesh, _CPU, warn=print)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     engine.held()
@@ -125,18 +126,9 @@ def config_of_layout(config: ExperimentConfig, layout: PlannedLayout) -> Experim
     return runnable(applied, "cpu")
 
 
-def mesh_of(world_size: int, per_node: int, planned: PlannedLayout, recorder: FlightRecorder) -> Mesh:
+def mesh_of(world_size: int, per_node: int, degrees: Degrees, recorder: FlightRecorder) -> Mesh:
     """Return the mesh of this rank."""
-    layout = Layout(
-        world_size=world_size,
-        rank=dist.get_rank(),
-        ep_size=planned.ep_size,
-        ranks_per_node=per_node,
-        shard_size=planned.shard_size,
-        cp_size=planned.cp_size,
-        pp_size=planned.pp_size,
-        pp_schedule=planned.pp_schedule,
-    )
+    layout = Layout(world_size=world_size, rank=dist.get_rank(), ranks_per_node=per_node, **asdict(degrees))
     return build_mesh(layout, recorder)
 
 
@@ -217,6 +209,8 @@ def main() -> None:
             if options.json is not None:
                 options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
     pool.close()
+    if not rows:
+        sys.exit(f"no layout that was looked at has a name with {options.like!r} in it; --all looks at all of them")
     for what in ("tensors", "allocated"):
         ratios = [getattr(row, what) for row in rows]
         print(f"{what}: {min(ratios):.4f} to {max(ratios):.4f}, median {statistics.median(ratios):.4f}")

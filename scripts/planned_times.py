@@ -72,7 +72,7 @@ def timed_steps(path: str, overrides: Sequence[str], layouts: Sequence[PlannedLa
     own, steps = load(path, overrides, ExperimentConfig), []
     for layout in layouts:
         config = config_of_layout(own, layout)
-        mesh = mesh_of(world, world, layout, FlightRecorder())
+        mesh = mesh_of(world, world, config.parallel.degrees, FlightRecorder())
         model = build_parallel_model(config, ByteTokenizer(), mesh, device, warn=print)
         engine = config.engine.build(model, config.optim, numerics(config), mesh)
         options = ProbeOptions(num_ids=num_ids_of(own), seed=dist.get_rank())
