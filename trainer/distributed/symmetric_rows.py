@@ -133,7 +133,7 @@ class _Fields:
     starts: Sequence[int]
     """Multiples of 8 bytes, as a wide dtype needs."""
     num_bytes: int
-    """Of a row; a multiple of 16, which GPUs copy at once."""
+    """Bytes of a row; a multiple of 16, which GPUs copy at once."""
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Self:

@@ -1,4 +1,4 @@
-"""What routers are told about a micro-batch."""
+"""Build the context of a micro-batch that routers see."""
 
 import torch
 

@@ -86,11 +86,11 @@ class EstimatedTime:
     """Rough seconds of the parts of a step, to order what is tried."""
 
     flops: float
-    """Of products."""
+    """Time of products."""
     streamed: float
-    """Of reading weights and adding to gradients, for each micro-batch."""
+    """Time of reading weights and adding to gradients, for each micro-batch."""
     started: float
-    """Of starting operations."""
+    """Time of starting operations."""
     starts_ahead: bool
     exchanged: float
     sums: float

@@ -16,7 +16,7 @@ from trainer.plan.layouts import Cluster, PlannedLayout
 from trainer.plan.step_cost import StepCost
 
 _OF_ROWS: Final = 2.0
-"""What rows need beside the rest, by what they surely keep: 1.9 to 2.6 in layouts of 30 and 235 billion weights."""
+"""Memory that rows need, over what they surely keep: 1.9 to 2.6 in layouts of 30 and 235 billion weights."""
 _OF_MORE_ROWS: Final = 1.6
 """The same of rows beside those of a measured layout: 1.7 there, where a row is shared by 4, 2 and no ranks."""
 
@@ -27,7 +27,7 @@ class LeastMemory:
     def __init__(self, config: ExperimentConfig, cluster: Cluster, num_ids: int) -> None:
         self.config, self.cluster, self.num_ids = config, cluster, num_ids
         self._measured: dict[tuple[str, bool, bool], list[tuple[float, float]]] = {}
-        """What rows surely keep, and what was needed beside the rest, of layouts of a kind."""
+        """By kind of layouts: bytes that rows surely keep, and bytes that they needed."""
         self._stages: dict[tuple[int, str], PipelineStages | None] = {}
 
     def learn(self, layout: PlannedLayout, cost: StepCost) -> None:

@@ -26,10 +26,10 @@ from trainer.moe.routing import RoutingDecision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferSize:
-    """What a library's memory for a group is made for."""
+    """Sizes for which a library allocates memory of a group."""
 
     num_experts: int
-    """Of all ranks."""
+    """Experts of all ranks."""
     tokens_per_rank: int
     """Most tokens that a rank sends in one pass; the same on all ranks."""
     width: int
