@@ -15,7 +15,7 @@ from trainer.prove.gather import gather_state
 STEPS, ROWS, SEQ_LEN, PIECES = 4, 12, 8, 4
 
 MODELS: dict[str, dict[str, Any]] = {
-    "global balance": {"moe": {"balance": {"coef": 0.1}, "z_loss_coef": 0.01}},
+    "global balance": {"moe": {"balance": {"coef": 0.1}, "z_loss_coef": 0.01}, "vocab_z_loss_coef": 0.1},
     "tied, bias, noise, capacity, the step before": {
         "moe": {
             "router": {"kind": "bias_balanced", "jitter": 0.3, "bias_update_rate": 0.05},
@@ -56,6 +56,7 @@ def train(layout: dict[str, Any], model: dict[str, Any], num_pieces: int = PIECE
         routing = result.routing
         assert routing is not None and routing.router_squares is not None
         curve.append([result.loss, result.balance_loss or 0.0, result.z_loss or 0.0, result.grad_norm])
+        curve[-1] += [result.extra_losses[name] for name in sorted(result.extra_losses)]
         curve[-1] += [*routing.router_squares.tolist(), *routing.counts.flatten().tolist(), *routing.dropped.tolist()]
     evaluated = engine.eval_loss(_share(99, mesh.layout, num_pieces)[0], dropless=True)
     assert evaluated.routing is not None

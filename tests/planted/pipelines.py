@@ -37,6 +37,13 @@ FAULTS = [
         LAW,
     ),
     in_package(
+        "only the last stage sums the z-loss of logits",
+        "models/gpt.py",
+        "(coef, zeros.sum()) if coef > 0 else None",
+        "None",
+        LAW,
+    ),
+    in_package(
         "a stage clips by its own norm",
         "engine/step.py",
         "square, reduced_choices, *rest = all_reduce_packed(parts, self.mesh.world)",

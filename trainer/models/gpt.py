@@ -134,10 +134,12 @@ class GPT(nn.Module):
         self, hidden: Tensor, moe: tuple[MoEStats, ...], batch: Batch, layers: range, want_logits: bool
     ) -> GPTOutput:
         """Return the residual stream (B, S, D) after some layers, or the losses of a micro-batch after the last."""
+        coef, zeros = self.config.vocab_z_loss_coef, hidden.new_zeros(len(hidden))
         if layers.stop < self.config.num_layers:
-            return GPTOutput(logits=None, row_loss=hidden.new_zeros(len(hidden)), moe=moe, hidden=hidden)
+            vocab_z = (coef, zeros.sum()) if coef > 0 else None  # the sums of all stages are all-reduced together
+            return GPTOutput(logits=None, row_loss=zeros, moe=moe, vocab_z=vocab_z, hidden=hidden)
         row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
-        vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
+        vocab_z = None if row_z is None else (coef, row_z.sum())
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe, vocab_z=vocab_z)
 
     def losses(
@@ -186,8 +188,7 @@ class GPT(nn.Module):
 
         Dropless and without noise. Arguments as in `next_logits`; targets (B, S) are the tokens after `tokens`.
         """
-        hidden = self._append(tokens, cache, num_new)
-        log_probs = is_best = None
+        hidden, log_probs, is_best = self._append(tokens, cache, num_new), None, None
         if self.relay is None or self.relay.has_last:
             normed = self.norm(hidden)
             log_probs, is_best = chunked_log_probs(normed, self._head_weight(), targets, self._head_chunks(normed))
@@ -251,8 +252,7 @@ class GPT(nn.Module):
         given = MicroBatch(rotary=rotary, context=context, extension=extension)
         relay, hidden, moe = self.relay, tokens, tuple[MoEStats, ...]()
         for layers in [range(self.config.num_layers)] if relay is None else relay.layers:
-            is_first = layers.start == 0
-            hidden = self.embedding(tokens) if relay is None or is_first else relay.before(layers, tokens.shape)
+            hidden = relay.before(layers, tokens.shape) if relay and layers.start > 0 else self.embedding(tokens)
             hidden, moe = self.blocks.run(hidden, given, self.config, layers)
             if relay is not None and layers.stop < self.config.num_layers:
                 relay.after(layers, hidden)
