@@ -104,7 +104,7 @@ def field(section: type[Config] | None, key: str) -> Slot:
 def entry(slot: Slot, index: int) -> Slot:
     """Return the slot of an entry of a list or tuple."""
     for one in alternatives(slot.annotation):
-        if get_origin(one) is list:
+        if get_origin(one) is list or ... in get_args(one):  # of any length
             return Slot(get_args(one)[0])
         if get_origin(one) is tuple and index < len(get_args(one)):
             return Slot(get_args(one)[index])

@@ -179,8 +179,8 @@ def _any_of(options: list[str]) -> str:
 def _name(one: Any) -> str:
     if get_origin(one) is Literal:
         return _any_of(slots.literals(one))
-    if get_origin(one) is tuple:
+    if get_origin(one) is tuple and ... not in get_args(one):
         return f"a list of {len(get_args(one))}"
-    if get_origin(one) is list:
+    if get_origin(one) in (list, tuple):
         return "a list"
     return _TYPE_NAMES.get(one, "a mapping")

@@ -56,7 +56,7 @@ class ParallelConfig(Config):
     few micro-batches. `gpipe`: all forward, then all backward. `interleaved_1f1b`: each rank has two stages, which
     halves the time that ranks wait. `zbv` and `dualpipe_v`: two stages per rank, there and back; gradients of weights
     are computed with those of activations, so they wait as long as `interleaved_1f1b` does."""
-    pp_layers: tuple[Layers, ...] | None = None
+    pp_layers: Annotated[tuple[Layers, ...], Field(strict=False)] | None = None
     """Layers of each stage, in order. Null: of about the same FLOPs, the head included."""
     cp_size: Ranks | Literal[1] = 1
     """Context-parallel size: neighbouring ranks that share rows, each with 1 / N of the tokens of every row: for rows

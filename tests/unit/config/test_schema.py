@@ -1,17 +1,20 @@
 """The JSON schema for editors, and the shipped configs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from tests.schema_leaves import leaves
 from trainer.config.layers import ConfigFiles
 from trainer.config.loader import load
 from trainer.config.plugins import Pluggable
 from trainer.config.schema import json_schema, schema_text
 from trainer.config.slots import Slot
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -102,3 +105,15 @@ def test_the_schema_is_free_of_openapi_keywords() -> None:
     text = schema_text(ExperimentConfig)
     assert '"discriminator"' not in text
     assert json.loads(text)["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+def test_every_list_can_be_written_in_yaml(tmp_path: Path) -> None:
+    """YAML has no tuples, and a strict section takes nothing else for one."""
+    lists = [leaf for leaf in leaves(ExperimentConfig) if leaf.is_list]
+    assert {"pp_layers", "betas"} < {leaf.key for leaf in lists}
+    for leaf in lists:
+        (tmp_path / "x.yaml").write_text(json.dumps(leaf.document([], {"name": "x"})))
+        try:
+            load(tmp_path / "x.yaml", [], ExperimentConfig)
+        except ConfigError as error:
+            assert not re.search(r"got a list(?! of)", str(error)), leaf.name
