@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Check format, lint, types and import contracts, then run the tests. Fails if any of them fails.
 #
-#   ./scripts/test.sh                    everything
-#   ./scripts/test.sh fast               everything except tests marked `slow`, which start runs or compile
+#   ./scripts/test.sh                    the tests of every push
+#   ./scripts/test.sh full               also those marked `nightly`: larger samples, and what lasts long
+#   ./scripts/test.sh fast               the tests of every push except those marked `slow`, which start runs or compile
 #   ./scripts/test.sh tests/unit -k x    only pytest, with these arguments (paths relative to the repository)
 set -euo pipefail
 
@@ -11,10 +12,11 @@ python="$(scripts/setup.sh dev)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests are small, and many start several processes
 unset PYTHONDONTWRITEBYTECODE                    # or each of those would compile trainer/ again
 
-what="${1-all}" # all and fast check the code as well
+what="${1-push}" # push, full and fast check the code as well
 case "$what" in
-    all) set -- ;;
-    fast) shift && set -- -m "not slow" "$@" ;;
+    push) set -- -m "not nightly" ;;
+    full) shift && set -- "$@" ;;
+    fast) shift && set -- -m "not slow and not nightly" "$@" ;;
     *) what=pytest ;;
 esac
 failed=""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import rewritten_asserts, shared_fork_server
+from tests import rewritten_asserts, samples, shared_fork_server
 from tests.ranks import Ranks
 from trainer.prove.pool import LocalRanks
 
@@ -57,10 +57,11 @@ def pytest_collection() -> Iterator[object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of folders that start runs as slow; elsewhere tests and files mark themselves."""
+    """Mark tests of folders that start runs as slow, and cases beyond a sample as nightly; others mark themselves."""
     for item in items:
         if _SLOW_FOLDERS & set(item.path.parts):
             item.add_marker(pytest.mark.slow)
+    samples.mark_nightly(items)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,6 +15,7 @@ from tests.launched_ranks import ROOT
 from trainer.fault_injection import parse_faults
 
 SCENARIOS = list(scenarios(release=False, seed=0))
+EVERY_PUSH = {"kills at named places", "kills at random", "disk full for one save"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,9 @@ def _lines(process: imported_once.Process, folder: Path) -> Iterator[str]:
     yield line + (folder / "stderr").read_text()
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(name, marks=[] if name in EVERY_PUSH else pytest.mark.nightly) for name in SCENARIOS]
+)
 def test_nothing_is_lost_and_every_broken_protection_is_noticed(lines: Iterator[str], scenario: str) -> None:
     said = []
     for line in lines:

@@ -22,6 +22,7 @@ def said() -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("fault", CHOSEN)
 def test_a_fault_of_a_host_is_named_and_nothing_is_lost(said: str, fault: str) -> None:
     assert f"| {fault} | 1 | as required |" in said, said

@@ -145,6 +145,7 @@ def _compare(ranks: Ranks, config: Any, case: str, shape: tuple[int, int, int], 
         torch.testing.assert_close(whole, torch.stack([o[name] for o in alone]).sum(0), rtol=0, atol=1e-11)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", [*CASES, "a varying number of experts"])
 @pytest.mark.parametrize("config", DROPLESS.values(), ids=DROPLESS.keys())
 def test_dropless_equals_a_single_process(ranks: Ranks, config: Any, case: str) -> None:
@@ -152,6 +153,7 @@ def test_dropless_equals_a_single_process(ranks: Ranks, config: Any, case: str) 
         _compare(ranks, config, case, shape, None)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", AT_CAPACITY.values(), ids=AT_CAPACITY.keys())
 def test_with_a_capacity_equals_a_single_process(ranks: Ranks, config: Any, case: str) -> None:
@@ -159,6 +161,7 @@ def test_with_a_capacity_equals_a_single_process(ranks: Ranks, config: Any, case
         _compare(ranks, config, case, shape, 1.0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", IN_CHUNKS.values(), ids=IN_CHUNKS.keys())
 def test_chunks_do_not_change_the_result(ranks: Ranks, config: Any, case: str) -> None:

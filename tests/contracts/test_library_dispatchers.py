@@ -63,6 +63,7 @@ def doubled_on_a_rank(config: DispatcherOptions, *args: Any) -> dict:
         return test_dispatchers.on_a_rank(config, *args)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("factor", [None, 1.0])
 @pytest.mark.parametrize("case", test_dispatchers.CASES)
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -100,6 +101,7 @@ def learned(kind: str, layout: dict[str, Any], parallel: dict[str, Any]) -> floa
     return max(float((ours[name] - plain[name]).abs().max()) for name in ours if ours[name].shape == plain[name].shape)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_it_learns_what_all_to_all_does(ranks: Ranks, kind: str, world_size: int, parallel: dict[str, Any]) -> None:
@@ -114,6 +116,7 @@ def sharded(kind: str) -> float:
         return test_overlap.differences({"ep_size": 2}, own, model, 3, torch.float64)[0]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_sharded_weights_are_there_for_two_micro_batches(ranks: Ranks, kind: str) -> None:
     assert max(ranks.run(4, sharded, kind)) < 1e-9

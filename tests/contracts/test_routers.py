@@ -21,6 +21,7 @@ from trainer.ops.select import stable_top_k
 ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("router", VARIANTS, ids=str)
 def test_a_router_meets_the_contract(router: dict[str, Any], check: Any) -> None:

@@ -52,6 +52,7 @@ def budgeted(budget: float | None, moe: dict[str, Any], others: dict[str, Any]) 
     return max(*apart, float((ours[0] - plain[0]).abs().max())), repeated
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("budget", "moe", "others", "is_repeated"),
     [

@@ -34,6 +34,7 @@ def train(workplace: Path, absent: str, *options: str) -> subprocess.CompletedPr
     return imported_once.run(arguments, cwd=workplace)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("absent", OPTIONAL)
 def test_a_run_trains_without_a_package_that_it_does_not_use(workplace: Path, absent: str) -> None:
     result = train(workplace, absent, f"name={absent}", "metrics.routing_gap_every=null")

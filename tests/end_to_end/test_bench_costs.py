@@ -79,6 +79,7 @@ def test_layer_compares_kernels_routings_and_peers(workplace: Path) -> None:
     assert skewed["turnout, loop"]["over_first_routing"] is not None and loop["over_first_routing"] is None
 
 
+@pytest.mark.nightly
 def test_numbers_of_experts_take_turns_and_a_config_gives_the_shape(workplace: Path) -> None:
     shape = "--experts 2,4 --top-k 1 --d-model 16 --d-ff 8 --tokens 32"
     (case,) = measured(workplace, f"layer {shape} --rounds 1 --kernel loop --peers none")
@@ -92,6 +93,7 @@ def test_numbers_of_experts_take_turns_and_a_config_gives_the_shape(workplace: P
     ]
 
 
+@pytest.mark.nightly
 def test_what_cannot_run_is_left_out_with_its_reason(workplace: Path) -> None:
     large = "--experts 8 --top-k 2 --d-model 64 --d-ff 512 --tokens 4096"
     arguments = f"bench layer {large} --rounds 1 --kernel loop --peers batched_mm --routing balanced"
@@ -130,6 +132,7 @@ def test_dispatch_counts_what_each_dispatcher_sends(workplace: Path) -> None:
         assert some["messages"] > 0 and len(some["seconds"]) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_step_compares_whole_models(workplace: Path) -> None:
     (case,) = measured(workplace, "step tiny.yaml --rounds 2 --threads 1 --routing own,skewed --peers eager")
@@ -141,6 +144,7 @@ def test_step_compares_whole_models(workplace: Path) -> None:
     assert own["turnout"]["threads"] == 1 and own["turnout"]["kernel"] != "auto"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_scaling_compares_ranks_with_threads_and_deepspeed(workplace: Path) -> None:
     (case,) = measured(workplace, "scaling tiny.yaml parallel.micro_batch_size=1 --rounds 1")

@@ -105,6 +105,7 @@ def test_list_has_a_line_for_each_and_reads_all_bytes_only_where_asked(workplace
     assert records[0]["layout"] == {"world_size": 1, "ep_size": 1, "data": "replicate", "engine": "native"}
 
 
+@pytest.mark.nightly
 def test_list_and_prune_never_import_torch(workplace: Path) -> None:
     code = (
         "import sys\nfrom trainer.cli import main\n"

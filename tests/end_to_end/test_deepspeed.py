@@ -45,6 +45,7 @@ def test_a_native_run_goes_on_under_deepspeed_in_one_process_and_is_evaluated(wo
     assert record["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_deepspeeds_own_launcher_starts_it(workplace: Path) -> None:
     deepspeed = Path(sysconfig.get_path("scripts")) / "deepspeed"
     variables = {"DS_ACCELERATOR": "cpu", "PATH": f"{deepspeed.parent}:{os.environ['PATH']}"}

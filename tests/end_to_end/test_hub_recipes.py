@@ -108,6 +108,7 @@ MORE = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", HUBS)
 def test_a_recipe_reads_what_the_hub_has_under_its_names(name, tmp_path):
     with serving(*HUBS[name]) as hub:

@@ -51,6 +51,7 @@ def wait_for_step(folder: Path, ranks: Started, step: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("engine", "how", "victim"),
     [

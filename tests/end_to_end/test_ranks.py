@@ -71,6 +71,7 @@ def test_what_is_wrong_is_said_by_one_rank(workplace: Path) -> None:
         assert result.stderr.count(message) == 1
 
 
+@pytest.mark.nightly
 def test_two_hosts_of_two_ranks_learn_what_one_process_does(workplace: Path) -> None:
     """Each host has its own address; torchrun's rendezvous connects them, and the experts are sharded over both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
@@ -92,6 +93,7 @@ def test_two_hosts_of_two_ranks_learn_what_one_process_does(workplace: Path) -> 
     assert crossed > 1_000_000, "the ranks of the two hosts have talked over the cable"
 
 
+@pytest.mark.nightly
 def test_the_slurm_script_starts_the_ranks_of_every_node(workplace: Path, tmp_path: Path) -> None:
     """Slurm is faked by two scripts: both nodes are this machine, with one rank each."""
     tools = {

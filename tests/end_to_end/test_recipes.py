@@ -30,6 +30,7 @@ def results(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, float]:
     return [record for record in map(json.loads, lines) if "eval/loss" in record][-1]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("results", ["translation"], indirect=True)
 def test_sentences_are_translated(results):
     assert min(results[f"eval/test-{language}/bleu"] for language in ("de", "fr", "cs")) > 50
@@ -37,11 +38,13 @@ def test_sentences_are_translated(results):
     assert results["eval/expert_domain_mi"] > 0.01
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("results", ["sentiment"], indirect=True)
 def test_reviews_are_understood(results):
     assert results["eval/sentiment/acc"] > 0.9  # chance has 0.5
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("results", ["summarization"], indirect=True)
 def test_summaries_say_what_was_agreed_on(results, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "data/small/summarization/test.jsonl").read_text().splitlines()]
@@ -51,6 +54,7 @@ def test_summaries_say_what_was_agreed_on(results, tmp_path):
     assert results["eval/summary/exact_match"] > 0.3
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("results", ["recommendation"], indirect=True)
 def test_the_next_item_is_among_ten_of_sixty(results):
     assert results["eval/next/hit@10"] > 0.9  # chance has 0.17
@@ -62,6 +66,7 @@ def test_the_same_query_finds_what_a_person_means(results):
     assert results["eval/search/mrr"] > 0.8  # who only knows the query has 0.52, chance 0.29
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_data_are_always_the_same_and_no_question_was_learned(name, tmp_path):
     run(tmp_path, "scripts.recipes", name, "a")

@@ -77,6 +77,8 @@ sys.exit(int(os.environ.get("TRAINER_EXIT", "0")))
 """
 
 # Replaces `python -m NAME`: records its arguments, and fails if FAILS names it.
+PYTEST = "pytest -n 4 --dist loadfile --no-loadscope-reorder"
+PYTEST_OF_A_PUSH = f"{PYTEST} -m not nightly"
 FAKE_CHECK = """
 import os, sys
 def run():
@@ -575,16 +577,15 @@ def test_ci_installs_the_lock_whatever_environment_is_active(clone: Clone, chose
     calls = clone.new_calls()
     installed = ["python3 venv", *clone.pip_calls("dev")]
     assert calls[: len(installed)] == installed
-    assert calls[-1] == "pytest -n 4 --dist loadfile --no-loadscope-reorder"
+    assert calls[-1] == PYTEST_OF_A_PUSH
     assert all(call.startswith("pip . ") or "--require-hashes" in call for call in calls if call.startswith("pip "))
 
 
 def test_every_check_runs_and_pytest_speaks_last(checks: Clone) -> None:
     run = checks.run("scripts/test.sh")
     assert run.returncode == 0
-    pytest_call = "pytest -n 4 --dist loadfile --no-loadscope-reorder"
-    names = ["ruff format --check .", "ruff check .", "pyrefly check", "lint-imports", pytest_call]
-    assert [call.split(" --python")[0] for call in checks.new_calls()] == names
+    names = ["ruff format --check .", "ruff check .", "pyrefly check", "lint-imports"]
+    assert [call.split(" --python")[0] for call in checks.new_calls()] == [*names, PYTEST_OF_A_PUSH]
     lines = run.stdout.splitlines()
     assert [line.split(" ok ")[0].strip() for line in lines[:4]] == [
         "ruff format",
@@ -593,6 +594,9 @@ def test_every_check_runs_and_pytest_speaks_last(checks: Clone) -> None:
         "lint-imports",
     ]
     assert lines[4:] == ["pytest speaks"]
+    for which, marks in {"full": "", "fast": " -m not slow and not nightly"}.items():
+        checks.run("scripts/test.sh", which)
+        assert [call.split(" --python")[0] for call in checks.new_calls()] == [*names, f"{PYTEST}{marks}"]
 
 
 def test_a_failing_check_fails_the_run_after_pytest_has_run(checks: Clone) -> None:

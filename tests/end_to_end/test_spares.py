@@ -105,6 +105,7 @@ def agents(workplace: Path, request: pytest.FixtureRequest) -> Iterator[Agents]:
         process.wait(10)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_spare_takes_the_place_of_a_lost_machine_and_the_run_ends_as_if_undisturbed(
     agents: Agents, lost: int
@@ -150,6 +151,7 @@ def test_two_machines_of_one_number_are_refused(agents: Agents) -> None:
     assert first.wait(LIMIT_S) == 75
 
 
+@pytest.mark.nightly
 def test_a_single_machine_has_a_spare_too(agents: Agents) -> None:
     for machine in range(2):
         agents.start(machine, nnodes=1)

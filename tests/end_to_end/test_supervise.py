@@ -328,6 +328,7 @@ def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(wor
     assert " starting again from step 10 in 1 s " in said, said
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_killed_supervisor_leaves_nobody_behind(workplace: Path, start: Start, nproc: int) -> None:
     process = start(*launch(f"orphans{nproc}", nproc, "train.steps=1000000"), imports=True)
@@ -344,6 +345,7 @@ def test_a_killed_supervisor_leaves_nobody_behind(workplace: Path, start: Start,
         time.sleep(0.05)
 
 
+@pytest.mark.nightly
 def test_a_crash_loop_ends_after_as_many_restarts_as_it_may_have_and_names_the_rows(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,6 +463,7 @@ def wait_for_pid(workplace: Path, *, other_than: int, step: int) -> int:
     raise AssertionError(f"rank 1 has not reached step {step}")
 
 
+@pytest.mark.nightly
 def test_two_nodes_start_their_ranks_again_and_meet(workplace: Path, start: Start) -> None:
     """Both nodes are this machine, with one rank each."""
     where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -13,18 +13,21 @@ from tests.end_to_end.tiny import environment, make_workplace, numbers, run
 from tests.launched_ranks import ROOT
 from tests.two_host_runs import LAYOUTS
 
+EVERY_PUSH = {"cp_ring", "tp", "pp_of_ep", "ep_of_hosts"}
 assert_same = partial(tiny.assert_same, rel=1e-9, abs=1e-9)
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder with the run `alone` and one of each layout, and what was said of these, `said`."""
+def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with the run `alone` and one of each chosen layout, and what was said of these, `said`."""
+    cases = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    chosen = [str(case.callspec.params["name"]) for case in cases]
     folder = make_workplace(tmp_path_factory.mktemp("two_hosts"), dtype="float64")
     config = folder / "tiny.yaml"
     text = config.read_text().replace("steps: 8", "steps: 4").replace("every: 4", "every: 2")
     config.write_text(text.replace(", routing_gap_every: 2", ""))  # no stage has all routers
     run(folder, "train", "tiny.yaml", "name=alone")
-    command = [str(ROOT / "tests/two_hosts.sh"), sys.executable, "-m", "tests.two_host_runs", "tiny.yaml"]
+    command = [str(ROOT / "tests/two_hosts.sh"), sys.executable, "-m", "tests.two_host_runs", "tiny.yaml", *chosen]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     if done.returncode == 77:
         pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
@@ -32,7 +35,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in EVERY_PUSH else pytest.mark.nightly) for name in LAYOUTS]
+)
 def test_a_dimension_across_two_hosts_learns_what_one_process_does(workplace: Path, name: str) -> None:
     said = (workplace / "said").read_text()
     ended = re.findall(rf"^{name}: (-?\d+), (\d+) bytes", said, re.MULTILINE)

@@ -103,6 +103,7 @@ def config_of(model: str, folder: Path) -> ExperimentConfig:
     return small_config(MODELS[model], folder, d_ff=24)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_ranks_that_share_rows_learn_the_same(model: str, layout: str, folder: Path, local_ranks: LocalRanks) -> None:
     assert_learns_the_same(config_of(model, folder), LAYOUTS[layout], local_ranks)

@@ -108,6 +108,7 @@ def _apart(mine: torch.Tensor, other: torch.Tensor) -> float:
     return float((mine.double() - other.double()).abs().max()) / max(float(other.double().abs().max()), 1e-30)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_pieces", [1, 2])
 @pytest.mark.parametrize(("world_size", "ep_size"), LAYOUTS)
@@ -179,6 +180,7 @@ def twenty_steps(ranks: Ranks) -> tuple[Any, Any]:
     return ranks.run(1, _run, Where(1, 1), torch.float32, 20, 1)[0]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("before", "after"), SWITCHES, ids=str)
 def test_a_run_goes_on_under_the_other_engine(
     ranks: Ranks, twenty_steps: tuple[Any, Any], tmp_path: Path, before: Where, after: Where
@@ -220,6 +222,7 @@ def _poison(engine: StepEngine) -> None:
     engine.model.losses = poisoned  # type: ignore[method-assign]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("world_size", "ep_size"), [(1, 1), (2, 2), (2, 1)])
 def test_a_step_is_skipped_everywhere_and_leaves_nothing_behind(ranks: Ranks, world_size: int, ep_size: int) -> None:
     native, losses, state = ranks.run(world_size, _skips, Where(world_size, ep_size))[0]
@@ -242,6 +245,7 @@ def _buckets(where: Where, moe: dict[str, Any], size: int) -> Any:
         return _train(engine, 0, 3, 2)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_buckets_of_any_size_meet_their_own_kind(ranks: Ranks, stage: int) -> None:
     """Where all ranks hold the same number of experts; where they do not, a bucket holds the model."""
@@ -277,6 +281,7 @@ def without_options(ranks: Ranks) -> Any:
     return ranks.run(2, _with_option, Where(2, 2, 2), {}, "none")[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("raw", FREE, ids=lambda raw: ", ".join(raw))
 def test_every_option_that_is_handed_on_runs_and_changes_nothing(
     ranks: Ranks, without_options: Any, raw: dict[str, Any]

@@ -187,6 +187,7 @@ def stay(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Stay:
     return run
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("before", "after"), RESIZES + UNEVEN + SHARDED + MOVED + SHARED_ROWS, ids=lambda where: str(where)
 )
@@ -199,6 +200,7 @@ def test_a_run_goes_on_under_another_layout(ranks: Ranks, stay: Stay, before: Wh
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=tolerance, atol=0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("before", "after"), STAGES, ids=lambda where: str(where))
 def test_a_run_goes_on_with_other_stages(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
     run = stay(before, torch.float64, 3)
@@ -207,6 +209,7 @@ def test_a_run_goes_on_with_other_stages(ranks: Ranks, stay: Stay, before: Where
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=1e-9, atol=0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("before", "after"), HEADS, ids=lambda where: str(where))
 def test_a_run_goes_on_with_heads_on_other_ranks(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
     run = stay(before, torch.float64, 3)

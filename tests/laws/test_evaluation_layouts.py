@@ -120,6 +120,7 @@ def test_ranks_that_share_rows_evaluate_the_same(ranks: Ranks, parallel: dict[st
         assert its_gap.record() == pytest.approx(gap.record(), abs=1e-9)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("num_questions", [1, 13])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_many_ranks_score_and_generate_the_same_as_one_process(

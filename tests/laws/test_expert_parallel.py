@@ -162,12 +162,14 @@ def _compare(
     return together
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("moe", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_many_ranks_learn_what_one_process_learns(ranks: Ranks, layout: tuple[int, int], moe: dict) -> None:
     _compare(ranks, layout, moe, {})
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("moe", OTHER_ROUTERS.values(), ids=OTHER_ROUTERS.keys())
 @pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 4)], ids=["2 ranks, ep 1", "2 ranks, ep 2", "4 ranks, ep 4"])
 def test_every_router_and_loss_learns_the_same_on_many_ranks(ranks: Ranks, layout: tuple[int, int], moe: dict) -> None:
@@ -227,6 +229,7 @@ PLACED: dict[str, tuple[tuple[int, int], int, dict[str, Any], dict[str, Any], in
 """Ranks and ep_size, copies on each rank, model, other options and micro-batches."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", PLACED)
 def test_experts_learn_the_same_wherever_they_are(ranks: Ranks, tmp_path: Path, case: str) -> None:
     """Under a placement drawn for each layer, with copies."""
@@ -257,6 +260,7 @@ BUDGETS: dict[str, tuple[float, dict[str, Any], dict[str, Any], int]] = {
 """Row budget, model, other options and micro-batches."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", BUDGETS)
 def test_a_row_budget_changes_nothing(ranks: Ranks, case: str) -> None:
     budget, moe, others, num_pieces = BUDGETS[case]

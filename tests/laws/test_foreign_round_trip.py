@@ -61,6 +61,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "values"), THEIRS.values(), ids=THEIRS.keys())
 def test_theirs_comes_back(family: str, values: dict[str, Any]) -> None:
     save_foreign(Path("theirs"), make_foreign(family, **values))
@@ -90,6 +91,7 @@ def _here(model: ModelConfig, folder: Path, ep_size: int) -> dict[str, str]:
     return {name: digest(part.tensor) for name, part in state.slices.items() if name.startswith("model.")}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("ep_size", [2, 3])
 def test_every_rank_reads_its_experts(ranks: Ranks, ep_size: int) -> None:

@@ -300,6 +300,7 @@ def test_the_config_is_sound_and_reads_text_that_is_there(name: str) -> None:
     assert bool(config.model.moe.diversity_coef) == (name == SPARSE)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_small_form_learns_and_says_how_well_on_held_out_text(form: str, tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 100)

@@ -270,6 +270,7 @@ def test_a_resumed_run_with_the_same_list_continues_bit_for_bit(tmp_path: Path) 
     assert all(torch.equal(part.tensor, theirs.slices[name].tensor) for name, part in ours.slices.items())
 
 
+@pytest.mark.nightly
 def test_deepspeed_begins_moments_anew_for_a_whole_group_only(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     first = _engine(Where(zero_stage=1), 4, ["experts"])

@@ -150,6 +150,7 @@ def _trained_all(cases: Sequence[Case]) -> list[tuple[dict[str, Tensor], list[fl
     return [_trained(*case) for case in cases]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("world_size", CASES)
 def test_adapters_learn_as_the_factors_of_a_sum_by_torch_alone(ranks: Ranks, world_size: int) -> None:
     cases = CASES[world_size]

@@ -25,6 +25,7 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, N
     return write_runs(ranks, tmp_path_factory.mktemp("runs"), {case: case.model() for case in CASES})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ours_comes_back(case: Case, runs: dict[Case, NativeRun], tmp_path: Path) -> None:
     check_trip(runs[case], tmp_path, shard_bytes=20_000)

@@ -161,6 +161,7 @@ def _assert_skipped(answers: list[dict[str, Any]], steps: Sequence[int]) -> list
     return answers[0]["reasons"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", PLANTS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_one_rank_s_value_that_is_not_finite_skips_the_step_on_all(
@@ -212,6 +213,7 @@ def _nan_logits(moe: dict[str, Any], parallel: dict[str, Any]) -> list[str | Non
     return said
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", [kind for kind in DISPATCHERS if kind != "local"])
 @pytest.mark.parametrize("moe", NAN_ROUTING.values(), ids=NAN_ROUTING.keys())
 def test_logits_that_are_not_finite_are_routed_somewhere_and_skipped(ranks: Ranks, moe: dict, kind: str) -> None:
@@ -223,6 +225,7 @@ def test_logits_that_are_not_finite_are_routed_somewhere_and_skipped(ranks: Rank
     assert first[1] is not None and first[1].endswith("(loss not finite on rank 1)")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("moe", NAN_ROUTERS.values(), ids=NAN_ROUTERS.keys())
 def test_no_router_ends_a_rank_by_what_is_not_finite(ranks: Ranks, moe: dict) -> None:
     first, second = ranks.run(2, _nan_logits, moe, {})
@@ -374,6 +377,7 @@ def _one_flip(
     return _verdict(engine, mesh)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", NAMED_FLIPS)
 def test_a_flipped_bit_is_found_and_named(ranks: Ranks, name: str) -> None:
     for victim, element, bit in ((0, 0, 0), (3, 4, 31)):

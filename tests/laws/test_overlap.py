@@ -86,6 +86,7 @@ def _learns_the_same(
         assert largest < 1e-9 and learns
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_router_and_loss_learns_the_same(ranks: Ranks, name: str) -> None:
     moe = ROUTERS[name]
@@ -94,6 +95,7 @@ def test_every_router_and_loss_learns_the_same(ranks: Ranks, name: str) -> None:
     _learns_the_same(ranks, 2, {"ep_size": 2}, {}, {"moe": moe})
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [kind for kind in DISPATCHERS if kind != "local"])
 def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
     moe = {"capacity": {"factor": 1.0, "min": 1}, "router": {"kind": "top_k", "top_k_choices": [1, 2]}}
@@ -143,6 +145,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], in
 """Ranks, degrees, other options of `parallel`, model and micro-batches."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_learns_the_same(ranks: Ranks, name: str) -> None:
     _learns_the_same(ranks, *LAYOUTS[name])

@@ -28,6 +28,7 @@ def alone(request: pytest.FixtureRequest, ranks: Ranks) -> tuple[str, dict[str, 
     return request.param, found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_stages_whose_micro_batches_overlap_learn_what_one_rank_learns(
     ranks: Ranks, alone: tuple[str, dict[str, Any]], name: str

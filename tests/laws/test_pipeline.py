@@ -70,6 +70,7 @@ def train(layout: dict[str, Any], model: dict[str, Any], num_pieces: int = PIECE
     }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize(
     ("world_size", "layout"),

@@ -34,6 +34,8 @@ from trainer.prove.run_case import run_case
 pytestmark = pytest.mark.slow
 
 STEPS, TOLERANCE, TIMEOUT_S = 3, 1e-9, 120.0
+PARTS = ("4 ranks, ep 2", "1 rank, ", "2 ranks, ep 1", "2 ranks, ep 2", "3 ranks", "4 ranks, ep 1", "4 ranks, ep 4")
+"""Parts of the names of all layouts. The first two have every dimension and kind of option between them."""
 BEYOND_LABELS = (dense_gradients_not_summed, norm_of_one_rank, experts_seeded_by_rank, bias_by_rank)
 """Faults that no labelled setting explains, so that they fail even with a label."""
 
@@ -91,24 +93,28 @@ def test_the_matrix_has_every_degree_and_dispatcher(config: ExperimentConfig) ->
         (4, 4),
     }
     assert {c.dispatcher for c in cases} == set(DISPATCHERS) - {"local"}
+    assert all(sum(part in case.name for part in PARTS) == 1 for case in cases)
     assert labels(config) == []
 
 
-def test_every_layout_is_equal(config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("part", [*PARTS[:2], *(pytest.param(part, marks=pytest.mark.nightly) for part in PARTS[2:])])
+def test_every_layout_is_equal(
+    config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
     code = prove(
         config,
         steps=STEPS,
         dtype="float64",
         engines=None,
         is_small=False,
-        only=None,
+        only=part,
         json_path=tmp_path / "proof.json",
         timeout_s=TIMEOUT_S,
     )
     output = capsys.readouterr().out
     assert code == 0, output
     record = json.loads((tmp_path / "proof.json").read_text())
-    assert len(record["layouts"]) == len(all_cases(config)) == output.count("  equal")
+    assert len(record["layouts"]) == sum(part in case.name for case in all_cases(config)) == output.count("  equal")
     assert all(layout["equal"] and max(layout["worst"].values()) <= TOLERANCE for layout in record["layouts"])
     assert all(layout["flips"] == 0 for layout in record["layouts"])
 

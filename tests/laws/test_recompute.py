@@ -77,6 +77,7 @@ def _same_bits(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(mine[name], tensor), name
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("recompute", SETTINGS, ids=str)
 @pytest.mark.parametrize(("moe", "fields"), MODELS.values(), ids=MODELS.keys())
 def test_gradients_are_the_same_bits(moe: dict[str, Any], fields: dict[str, Any], recompute: Any) -> None:
@@ -84,6 +85,7 @@ def test_gradients_are_the_same_bits(moe: dict[str, Any], fields: dict[str, Any]
     _same_bits(_trained(recompute, moe, fields), _trained("none", moe, fields))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("recompute", SETTINGS, ids=str)
 @pytest.mark.parametrize("kernel", ["loop", "padded", "fused"])
 def test_they_are_in_bfloat16_with_every_kernel(kernel: str, recompute: Any) -> None:
@@ -127,6 +129,7 @@ def _on_ranks(
     return trained, messages.sent
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("world_size", "ep_size", "dtype", "parallel"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_nothing_is_sent_twice(
     ranks: Ranks, world_size: int, ep_size: int, dtype: torch.dtype, parallel: dict[str, Any]

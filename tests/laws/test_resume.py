@@ -68,6 +68,7 @@ def _second_half(case: str, folder: Path, answer: Path) -> None:
     answer.write_text(json.dumps({"curve": curve, "hash": _hash(engine)}))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_continues_bit_for_bit_in_a_new_process(case: str, tmp_path: Path) -> None:
     num_pieces = CASES[case][2]

@@ -78,6 +78,7 @@ def _train_all(folder: Path, layout: str) -> None:
         _train(folder, layout, stage)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_stage_resumes_in_its_middle_bit_for_bit(ranks: Ranks, workplace: Path, layout: str) -> None:
     if layout == "one":

@@ -89,6 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("heads"))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_ranks_that_share_heads_learn_the_same(model: str, layout: str, folder: Path, local_ranks: LocalRanks) -> None:
     assert_learns_the_same(small_config(MODELS[model], folder, d_ff=22), LAYOUTS[layout], local_ranks)

@@ -222,6 +222,7 @@ def _all_of_deepspeed(folder: Path) -> None:
     _resumes(folder, wheres, 1e-6)
 
 
+@pytest.mark.nightly
 def test_deepspeed_has_it_too_evaluates_it_and_resumes_at_another_stage(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     ranks.run(2, _all_of_deepspeed, tmp_path)

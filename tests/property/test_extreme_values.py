@@ -99,6 +99,7 @@ def found(parts: list[Leaf], extremes: list[Any]) -> list[str]:
     return [f"{leaf.name} = {str(value)[:40]!r}: {what}" for leaf, value, what in said if what is not None]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("part", range(4))
 def test_any_number_makes_a_configuration_or_a_line_with_its_key(part: int) -> None:
     assert len(NUMBERS) > 120

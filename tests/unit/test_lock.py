@@ -120,10 +120,12 @@ def test_ci_runs_set_up_and_the_newest_are_tried_apart_from_it() -> None:
         used = [step["uses"] for step in job["steps"] if "uses" in step]
         assert used and all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action) for action in used)
         commands[name] = [step["run"] for step in job["steps"] if "run" in step]
-    assert commands == {"ci": ["./scripts/test.sh fast", ".ci/run"], "newest": ["python -m scripts.check_newest"]}
+    ci, nightly, newest = ["./scripts/test.sh fast", ".ci/run"], ["./scripts/test.sh full"], "scripts.check_newest"
+    assert commands == {"ci": ci, "nightly": nightly, "newest": [f"python -m {newest}"]}
     conditions = [step.get("if") for step in workflows["ci"]["jobs"]["test"]["steps"] if "run" in step]
     assert conditions == ["github.event_name == 'pull_request'", "github.event_name != 'pull_request'"]
-    assert "schedule" in workflows["newest"][True], "YAML 1.1 reads the key `on` as true"
+    scheduled = {name for name, workflow in workflows.items() if "schedule" in workflow[True]}  # YAML 1.1 reads `on` so
+    assert scheduled == {"nightly", "newest"}
     pythons = workflows["ci"]["jobs"]["test"]["strategy"]["matrix"]["python"]
     minor = "Programming Language :: Python :: 3."
     classifiers = [line for line in PROJECT["project"]["classifiers"] if line.startswith(minor)]

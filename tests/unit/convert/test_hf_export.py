@@ -29,6 +29,7 @@ def exported(config: ExperimentConfig, run: RunFolder, out: Path, **options: Any
     return export(config, run, out, ExportOptions(family=family, **options), warn=pytest.fail)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_has_our_logits_and_our_texts(name: str, tmp_path: Path) -> None:
     """Greedy texts of 20 prompts, token by token."""

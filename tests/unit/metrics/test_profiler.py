@@ -77,6 +77,7 @@ def test_a_run_under_the_profiler_learns_the_same_bit_for_bit(folder: Path):
     assert "Self CPU Mem" in tables and "Input Shapes" in tables
 
 
+@pytest.mark.nightly
 def test_a_repeated_window_does_not_replace_earlier_profiles(folder: Path):
     window = "profile={start: 5, steps: 2}"
     train(folder, [window])

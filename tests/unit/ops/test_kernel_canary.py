@@ -192,6 +192,7 @@ def test_a_kernel_that_raises_is_refused_with_its_message() -> None:
     assert found == f"{GROUPS.name}: RuntimeError: no kernel image is available for execution on the device"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("d_model", [16, 64, 1040])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,6 +203,7 @@ def test_kernels_of_this_project_pass(kernel: Any, dtype: torch.dtype, activatio
     assert kernel_fault(partial(run_experts, kernel), widths(dtype, activation, d_model), CPU) is None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", ClampedSwiGLU()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

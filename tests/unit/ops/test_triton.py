@@ -46,6 +46,7 @@ def _fault(
     return groups_fault(partial(run_experts, "triton"), groups, given, CPU)
 
 
+@pytest.mark.one_in(2)
 @NEEDS_TRITON
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,6 +64,7 @@ def test_so_are_biases_and_values_beyond_a_limit(interpreter: Executor, activati
     assert interpreter.submit(_fault, groups, torch.float32, activation, (24, 40), has_bias=True).result() is None
 
 
+@pytest.mark.one_in(2)
 @NEEDS_TRITON
 @pytest.mark.parametrize("widths", [(19, 33), (16, 64), (129, 65), (200, 8)], ids=str)
 @pytest.mark.parametrize("rows", [(0, 0, 5), (130, 0, 131)], ids=str)

@@ -112,6 +112,7 @@ def _collectives_of_pairs(keeps: ShardKeeps, is_ahead: bool) -> tuple[int, int]:
     return _collectives(keeps, 4, torch.bfloat16, is_ahead=is_ahead, ep_size=2, overlap="micro_batches")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("is_ahead", [False, True])
 @pytest.mark.parametrize(("keeps", "passes", "reductions"), [("nothing", 4, 2), ("gradients", 3, 1), ("weights", 1, 1)])
 def test_weights_are_gathered_once_for_two_micro_batches_that_overlap(
@@ -150,6 +151,7 @@ def gradients(ranks: Ranks) -> Gradients:
     return compute
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shard_size", [None, 2])
 @pytest.mark.parametrize("keeps", ["nothing", "weights"])
 def test_what_is_kept_does_not_change_the_gradient(

@@ -32,6 +32,7 @@ def _graphs(data: Literal["replicate", "shard"], dtype: torch.dtype) -> tuple[in
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sharding_breaks_no_graph(ranks: Ranks, dtype: torch.dtype) -> None:
     replicated = ranks.run(2, _graphs, "replicate", dtype)

@@ -58,6 +58,7 @@ def _fault(build: Any, num_experts: int, ep_size: int, dtypes: RowDtypes, ranks_
     return dispatcher_fault(_build(build, mesh, num_experts), mesh, num_experts, dtypes, CPU)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtypes", [FLOAT64, FLOAT32, BFLOAT16, ROUNDED], ids=["double", "float", "bf16", "rounded"])
 @pytest.mark.parametrize("kind", [kind for kind in DISPATCHERS if kind != "local"])
 def test_dispatchers_of_this_project_pass_on_four_ranks(ranks: Ranks, kind: str, dtypes: RowDtypes) -> None:

@@ -35,6 +35,7 @@ def of_layers(overrides: list[str], *number: int) -> ExperimentConfig:
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("pattern", "overrides"), CASES.values(), ids=CASES)
 def test_what_is_extrapolated_is_what_the_whole_model_needs(pattern: LayerPattern, overrides: list[str]) -> None:
     config = of_layers(overrides)
@@ -60,6 +61,7 @@ def test_layers_that_have_names_of_their_own_are_not_extrapolated() -> None:
     assert layer_pattern(config) is None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("recompute", RECOMPUTES)
 def test_a_row_needs_at_least_what_layouts_are_excluded_by(recompute: str, ep_size: int) -> None:

@@ -123,6 +123,7 @@ def test_trials_that_cannot_start_are_in_the_table_with_their_reason(
         assert f"failed: {trial.name}: {sweep.folder}: cannot be written: Is a directory" in said
 
 
+@pytest.mark.nightly
 def test_a_sweep_that_was_killed_three_times_ends_with_the_same_table(tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

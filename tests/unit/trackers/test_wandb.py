@@ -144,6 +144,7 @@ def received(server: WandbServer) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("load/")} for row in server.rows(ID)]
 
 
+@pytest.mark.nightly
 def test_a_killed_online_run_resumes_where_its_server_is(tmp_path: Path, server: WandbServer):
     first = Attempt(tmp_path)
     first.ring(12)
@@ -254,6 +255,7 @@ def test_a_process_that_hangs_delays_a_run_for_no_longer_than_allowed(tmp_path: 
     assert warning.startswith("wandb: did not finish within 1 s; ")
 
 
+@pytest.mark.nightly
 def test_records_that_a_silent_server_did_not_take_are_sent_by_sync(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ):

@@ -141,6 +141,7 @@ def documents_in(batches: list[Batch]) -> list[str]:
     return [document.rpartition(b"\xfa")[2].removesuffix(b"\xfe").decode() for document in documents]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(kind, folder, monkeypatch):
     source = SOURCES[kind](folder)

@@ -94,6 +94,7 @@ def test_the_only_document_of_a_domain_is_split_in_any_part(folder):
     assert (bytes(corpus.train[0].tokens[:]), bytes(corpus.validation[0].tokens[:])) == (b"abcdefg", b"hij")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_finished_parts_survive_a_failure(folder, monkeypatch, kind):
     config = data(source(folder, kind), workers=1)
