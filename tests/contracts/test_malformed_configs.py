@@ -1117,13 +1117,20 @@ CASES = [
           "tp_size: 1",
           "x.yaml:4:12: parallel.tp_size: 8 ranks (tp_size times cp_size 2) share rows in chunks, two of each rank, "
           "and model.seq_len 36 is no multiple of 16; use another size, or model.seq_len: 48",
-          "x.yaml:4:12: parallel.tp_size: each of 4 ranks needs a head of keys and values, and model.num_kv_heads is "
-          "3; use at most 3",
           "x.yaml:4:12: parallel.tp_size: 4 ranks cut model.d_ff 3; use at most 3",
           "x.yaml:4:24: parallel.cp_size: ulysses gives each of 2 ranks a head, and model.num_heads is 6, of which a "
           "tensor-parallel rank has 1 (tp_size 4); use at most 1",
           "x.yaml:4:36: parallel.compile: true does not go with tp_size 4 yet; use false, or tp_size: 1",
           "x.yaml:5:10: engine.kind: it does not go with parallel.tp_size 4 yet; use native, or tp_size: 1"]),
+    Case("more ranks than heads of queries",
+         NAMED + "model: {num_heads: 4, d_model: 32, num_kv_heads: 2, moe: {first_dense_layers: 1}}\n"
+         "parallel: {tp_size: 8}\n",
+         ["x.yaml:3:12: parallel.tp_size: each of 8 ranks needs a head of queries, and model.num_heads is 4; use at "
+          "most 4"]),
+    Case("more ranks than parts of heads of keys",
+         NAMED + "model: {num_heads: 4, num_kv_heads: 1, attention: {head_dim: 2}}\nparallel: {tp_size: 4}\n",
+         ["x.yaml:3:12: parallel.tp_size: 4 ranks cannot each have a part of the 1 heads of keys and values of width 2 "
+          "(model.num_kv_heads); use at most 2"]),
     Case("shard_keeps without shard",
          NAMED + "parallel: {shard_keeps: nothing}\n",
          ["x.yaml:2:12: parallel.shard_keeps: nothing, but parallel.data is replicate; use shard, or leave it out"]),

@@ -102,6 +102,8 @@ HEADS = [
     (DENSE(4, 2, "shard", tp_size=2), DENSE(4, 4, cp_size=2, tp_size=2)),
     (DENSE(4, 2, tp_size=2), DENSE(4, 1, "shard", 2, tp_size=2)),
     (DENSE(3, 1, "shard"), DENSE(4, 1, "shard", tp_size=2, pp_size=2)),
+    (DENSE(4, 4, tp_size=4), DENSE(2, 1, "shard")),  # two of the ranks share a head of keys
+    (DENSE(1, 1), DENSE(4, 2, tp_size=4)),
 ]
 
 

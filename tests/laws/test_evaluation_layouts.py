@@ -25,6 +25,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "2 ranks share rows": (2, 2, {"cp_size": 2}),
     "2 ranks share heads": (2, 2, {"tp_size": 2}),
     "4 ranks, two of which share heads": (4, 2, {"tp_size": 2, "data": "shard"}),
+    "4 ranks share heads, and two a head of keys": (4, 2, {"tp_size": 4}),
     "2 ranks, ep 2": (2, 2, {}),
     "3 ranks, ep 3, uneven experts": (3, 3, {}),
     "4 ranks, ep 2, cut": (4, 2, {"data": "shard"}),

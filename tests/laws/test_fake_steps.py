@@ -45,7 +45,10 @@ OF_STAGES = {
 OF_FOUR = {
     "copies of shards": ["parallel.data=shard", "parallel.shard_size=2", "parallel.ep_size=2"],
     "rows shared by heads": ["parallel.cp_size=2", "parallel.ep_size=4", "model.moe.balance.scope=sequence"],
-    "heads, sharded": ["parallel.tp_size=2", "parallel.data=shard", "parallel.recompute=norms_and_activations"],
+    "heads, sharded": [
+        *("parallel.tp_size=2", "parallel.data=shard", "parallel.recompute=norms_and_activations"),
+        "model.num_kv_heads=1",  # on both ranks
+    ],
     "rows shared in a ring": ["parallel.cp_size=4", "parallel.cp=ring", "parallel.recompute=block"],
     "experts over a stage": [*STAGES, "parallel.ep_size=2", "parallel.data=shard", "parallel.shard_keeps=weights"],
     "stages whose micro-batches overlap": [

@@ -3,11 +3,12 @@
 from tests.planted.fault import Fault
 
 LAW = "tests/laws/test_tensor_parallelism.py::test_ranks_that_share_heads_learn_the_same"
-GROUPED, SHARDED, LATENT, NOISY = (
+GROUPED, SHARDED, LATENT, NOISY, ONE_KEY = (
     f"{LAW}[dense, grouped queries, biases, sinks-2 ranks]",
     f"{LAW}[dense, grouped queries, biases, sinks-sharded, no experts]",
     f"{LAW}[latents of keys only-4 ranks]",
     f"{LAW}[noise, losses of rows, capacity-4 ranks, experts over all]",
+    f"{LAW}[two heads of keys-4 ranks]",
 )
 ELASTIC = "tests/laws/test_elastic.py::test_a_run_goes_on_with_heads_on_other_ranks"
 
@@ -69,16 +70,37 @@ FAULTS = [
     _fault(
         "queries of other heads than the keys",
         "models/self_attention.py",
-        "(start + first * per_head, start + last * per_head)",
-        "(start + first * d, start + first * d + (last - first) * per_head)",
+        "(start + begin, start + end)",
+        "(start + share.first * d, start + share.first * d + end - begin)",
         GROUPED,
     ),
     _fault(
         "every rank has the queries of the first heads",
         "models/latent_attention.py",
-        "slice(first * width, last * width)",
-        "slice(0, (last - first) * width)",
+        "slice(*share.range_of(self.latent.qk_head_dim))",
+        "slice(0, self.num_heads * self.latent.qk_head_dim)",
         LATENT,
+    ),
+    _fault(
+        "the gradient of a shared head of keys is that of a rank's own queries",
+        "parallel/tensor_parallel.py",
+        "shares.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))",
+        "shares[sum(width > 0 for width in parts[: group.index])]",
+        ONE_KEY,
+    ),
+    _fault(
+        "the gradient of a shared head of keys counts twice",
+        "parallel/tensor_parallel.py",
+        "shares.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))",
+        "shares.sum(0).mul(2)",
+        ONE_KEY,
+    ),
+    _fault(
+        "a shared head of keys is made of its first part",
+        "parallel/tensor_parallel.py",
+        "HeadShare(head, head + 1, part, parts)",
+        "HeadShare(head, head + 1, 0, parts)",
+        ONE_KEY,
     ),
     _fault(
         "the gate of other units than what it multiplies",

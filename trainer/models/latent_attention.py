@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.models.attention_config import LatentAttentionConfig
 from trainer.models.config import ModelConfig, Recompute
+from trainer.models.head_share import HeadShare
 from trainer.models.kv_cache import LayerCache
 from trainer.models.lora import whole_weight
 from trainer.models.norm import RMSNorm
@@ -57,12 +58,12 @@ class LatentAttention(nn.Module):
         """Number of heads in the cache, and the widths of their entries: values are part of the keys."""
         return 1, (self.latent.cached_values, 0)
 
-    def cut_of_heads(self, first: int, last: int) -> dict[str, Cut]:
+    def cut_of_heads(self, share: HeadShare) -> dict[str, Cut]:
         """Return the cuts of the parameters that belong to some heads; what makes latents is whole."""
         heads, latent = self.num_heads, self.latent
 
         def cut(dim: int, width: int) -> Cut:
-            return Cut(dim, heads * width, ((first * width, last * width),))
+            return Cut(dim, heads * width, (share.range_of(width),))
 
         cuts = {
             "kv_b.weight": cut(0, latent.qk_nope_head_dim + latent.v_head_dim),
@@ -70,12 +71,12 @@ class LatentAttention(nn.Module):
         }
         return cuts if self.q_b is None else {"q_b.weight": cut(0, latent.qk_head_dim), **cuts}
 
-    def keep_heads(self, first: int, last: int) -> None:
+    def keep_heads(self, share: HeadShare) -> None:
         """Keep only some heads."""
-        keep_cuts(self, self.cut_of_heads(first, last))
-        self.num_heads, width = last - first, self.latent.qk_head_dim
+        keep_cuts(self, self.cut_of_heads(share))
+        self.num_heads = share.last - share.first
         if self.q_b is None:
-            self.own_queries = slice(first * width, last * width)
+            self.own_queries = slice(*share.range_of(self.latent.qk_head_dim))
 
     def forward(
         self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None

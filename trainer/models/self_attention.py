@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
+from trainer.models.head_share import HeadShare
 from trainer.models.kv_cache import LayerCache
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
@@ -54,25 +55,27 @@ class Attention(nn.Module):
         """Number of heads in the cache, and the widths of their keys and values."""
         return self.num_key_heads, (self.head_dim, self.head_dim)
 
-    def cut_of_heads(self, first: int, last: int) -> dict[str, Cut]:
+    def cut_of_heads(self, share: HeadShare) -> dict[str, Cut]:
         """Return the cuts of the parameters that belong to some heads of keys and values, and to their queries."""
         shared, d = self.num_heads // self.num_key_heads, self.head_dim  # queries of a head have the same keys
         ranges, start = [], 0
-        for width, per_head in zip(self.widths, (shared * d, d, d), strict=True):
-            ranges.append((start + first * per_head, start + last * per_head))
+        for width, per_head, unit in zip(self.widths, (shared * d, d, d), (d, 1, 1), strict=True):
+            begin, end = share.range_of(per_head, unit=unit)
+            ranges.append((start + begin, start + end))
             start += width
         rows = Cut(0, start, tuple(ranges))
         cuts = {"qkv.weight": rows, "out.weight": Cut(1, self.widths[0], rows.ranges[:1])}
         if self.qkv.bias is not None:
             cuts["qkv.bias"] = rows
         if self.sinks is not None:
-            cuts["sinks"] = Cut(0, self.num_heads, ((first * shared, last * shared),))
+            cuts["sinks"] = Cut(0, self.num_heads, (share.range_of(shared),))
         return cuts
 
-    def keep_heads(self, first: int, last: int) -> None:
-        """Keep only some heads of keys and values, and their queries."""
-        keep_cuts(self, cuts := self.cut_of_heads(first, last))
-        self.widths = [end - start for start, end in cuts["qkv.weight"].ranges]
+    def keep_heads(self, share: HeadShare) -> None:
+        """Keep only some heads of keys and values, and their queries; `exchange` makes shared heads whole."""
+        keep_cuts(self, cuts := self.cut_of_heads(share))
+        keys = (share.last - share.first) * self.head_dim
+        self.widths = [cuts["out.weight"].width, keys, keys]
         self.num_heads = self.widths[0] // self.head_dim
 
     def forward(
@@ -91,6 +94,8 @@ class Attention(nn.Module):
         projected = checkpointed(
             lambda x: project_in(self.qkv, norm(x), self.exchange, is_part=is_part), x, recompute=again
         )
+        if self.exchange is not None:
+            projected = self.exchange.whole_heads(projected, num_queries=self.widths[0])
         # Without a norm or a limit, nothing of them is saved anyway.
         again = again and (self.q_norm is not None or self.clip is not None)
         q, k, v = checkpointed(self._rotated, projected, rotary, recompute=again)

@@ -33,6 +33,14 @@ class TokenExchange(Protocol):
         """Return the sums over ranks (B, S, D) of the tokens here, from this rank's share (B, n S, D) for all."""
         ...
 
+    def whole_heads(self, x: Tensor, *, num_queries: int) -> Tensor:
+        """Return queries, keys and values (B, S, .) in which keys and values that ranks share are whole.
+
+        The first `num_queries` columns of x are queries; the others are this rank's part of a head's keys and values,
+        or whole heads that it has alone.
+        """
+        ...
+
 
 def project_in(linear: nn.Linear, x: Tensor, exchange: TokenExchange | None, *, is_part: bool) -> Tensor:
     """Apply a projection, or the rows of it that are here, to the tokens of all ranks.

@@ -20,8 +20,8 @@ def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: st
         )
         longer = -(-S // chunks) * chunks
         yield Problem(f"parallel.{key}", f"{given} {chunks}; use another size, or model.seq_len: {longer}")
-    heads = model.num_heads // tp
-    if cp > 1 and parallel.cp == "ulysses" and heads < cp:
+    heads = _fewest_heads(model, tp)
+    if cp > 1 and parallel.cp == "ulysses" and 0 < heads < cp:
         given = f"ulysses gives each of {cp} ranks a head, and model.num_heads is {model.num_heads}"
         of_tp = "" if tp == 1 else f", of which a tensor-parallel rank has {heads} (tp_size {tp})"
         yield Problem("parallel.cp_size", f"{given}{of_tp}; use at most {heads}")
@@ -31,13 +31,25 @@ def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: st
         yield from _cut_problems(model, tp, engine=engine)
 
 
+def _key_heads(model: ModelConfig) -> int:
+    return model.num_heads if model.attention.latent is not None else model.num_kv_heads or model.num_heads
+
+
+def _fewest_heads(model: ModelConfig, tp: int) -> int:
+    """Return the heads of queries of the rank that has the fewest: a head of keys stays with its own."""
+    keys = _key_heads(model)
+    shared = model.num_heads // keys
+    return shared * (keys // tp) if tp <= keys else shared // -(-tp // keys)
+
+
 def _cut_problems(model: ModelConfig, tp: int, *, engine: str) -> Iterator[Problem]:
-    is_latent = model.attention.latent is not None
-    heads = model.num_heads if is_latent else model.num_kv_heads or model.num_heads
+    heads, most = model.num_heads, _key_heads(model) * model.head_dim
     if heads < tp:
-        name = "model.num_heads" if is_latent or model.num_kv_heads is None else "model.num_kv_heads"
-        given = f"each of {tp} ranks needs a head of keys and values, and {name} is {heads}"
+        given = f"each of {tp} ranks needs a head of queries, and model.num_heads is {heads}"
         yield Problem("parallel.tp_size", f"{given}; use at most {heads}")
+    elif most < tp and model.attention.latent is None:
+        keys = f"the {_key_heads(model)} heads of keys and values of width {model.head_dim} (model.num_kv_heads)"
+        yield Problem("parallel.tp_size", f"{tp} ranks cannot each have a part of {keys}; use at most {most}")
     has_dense = model.moe is None or len(model.moe_layers) < model.num_layers
     if has_dense and model.d_ff < tp:
         yield Problem("parallel.tp_size", f"{tp} ranks cut model.d_ff {model.d_ff}; use at most {model.d_ff}")

@@ -5,6 +5,9 @@
       latents    what makes and normalizes latents    heads: rows of q_b and kv_b, columns of out
     dense block  norm                                 hidden units: rows of w_in, columns of w_out
 
+Where ranks are more than heads of keys, neighbours share one: each has some of its queries, and makes a part of its
+keys and values, which they exchange. So every element of a weight is on one rank of a group.
+
 What is whole sees a rank's part of each row, or its heads, so that its gradient is a partial sum on every rank, as any
 dense gradient is. What is cut sees all tokens of the ranks: its gradient is complete but for other rows.
 
@@ -13,6 +16,7 @@ dense gradient is. What is cut sees all tokens of the ranks: its gradient is com
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +28,7 @@ from trainer.distributed.rank_layout import even_slices
 from trainer.models.block import Block
 from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
+from trainer.models.head_share import HeadShare
 from trainer.ops.attention import CausalAttention
 from trainer.ops.attention_mask import PreparedMask, RowMask
 from trainer.ops.compute_dtype import compute_dtype
@@ -37,9 +42,18 @@ _Move = Callable[[Tensor, Group], Tensor]
 class TensorParallel:
     """Exchange of tokens between the ranks that hold a block's matrices together."""
 
-    def __init__(self, group: Group, cuts: Sequence[Mapping[str, Cut]]) -> None:
-        self.group, self.cuts = group, cuts
-        """The ranks, and the cuts that each of them has of the parameters, by name."""
+    def __init__(
+        self, group: Group, cuts: Sequence[Mapping[str, Cut]], *, head_parts: Sequence[int] | None = None
+    ) -> None:
+        """Take what each rank has.
+
+        Args:
+            group: the ranks.
+            cuts: those that each rank has of the parameters, by name.
+            head_parts: width of each rank's part of the head of keys that this rank shares, 0 of those with another
+                head; None: every head is on one rank.
+        """
+        self.group, self.cuts, self._head_parts = group, cuts, head_parts
 
     def gathered(self, x: Tensor, *, is_part: bool) -> Tensor:
         """Return the tokens (B, n S, D) of all ranks in the order of the row, from those here (B, S, D). Collective.
@@ -54,6 +68,19 @@ class TensorParallel:
             return _Exchange.apply(y, self.group, _summed, _gathered)
         assert not y.requires_grad, "whole rows are for evaluation and generation"
         return self.group.all_reduce_(y.to(torch.promote_types(y.dtype, torch.float32), copy=True)).to(y.dtype)
+
+    def whole_heads(self, x: Tensor, *, num_queries: int) -> Tensor:
+        """Return queries, keys and values (B, S, .) in which keys and values that ranks share are whole. Collective.
+
+        Each rank made the part of them that its rows of the weight give, which no other rank has.
+        """
+        if self._head_parts is None:
+            return x
+        q, kv = x.split([num_queries, x.shape[-1] - num_queries], dim=-1)
+        there, back = (partial(move, parts=self._head_parts) for move in (_joined, _returned))
+        parts = kv.unflatten(-1, (2, -1)).movedim(-1, 0)  # (w, B, S, 2)
+        whole = _Exchange.apply(parts, self.group, there, back)  # (d, B, S, 2)
+        return torch.cat([q, whole.movedim(0, -1).flatten(-2)], dim=-1)
 
 
 class WholeRows:
@@ -96,6 +123,20 @@ def _summed(y: Tensor, group: Group) -> Tensor:
     return shares.sum(0, dtype=torch.promote_types(y.dtype, torch.float32)).to(y.dtype)
 
 
+def _joined(part: Tensor, group: Group, parts: Sequence[int]) -> Tensor:
+    """Return a whole head (d, ...) from the parts (w, ...) of the ranks that share it, for each of them."""
+    send = [len(part) if width else 0 for width in parts]
+    copies = part.repeat(sum(send) // len(part), *[1] * (part.dim() - 1))
+    return group.issue_all_to_all(copies, send, parts).wait()
+
+
+def _returned(grad: Tensor, group: Group, parts: Sequence[int]) -> Tensor:
+    """Return the gradient (w, ...) of this rank's part: the sum of those that the queries of each sharing rank give."""
+    receive = [parts[group.index] if width else 0 for width in parts]
+    shares = group.issue_all_to_all(grad, parts, receive).wait().unflatten(0, (-1, parts[group.index]))
+    return shares.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class CutParameter:
     """A parameter that the ranks of a group hold together."""
@@ -129,13 +170,28 @@ def cut_matrices(model: GPT, group: Group) -> None:
     """Let a model on the meta device keep this rank's heads and hidden units, in place."""
     for block in cast(Iterable[Block], model.blocks):
         attention = block.attention
-        heads = even_slices(attention.num_key_heads, group.size)
-        attention.exchange = TensorParallel(group, [attention.cut_of_heads(*each) for each in heads])
-        attention.keep_heads(*heads[group.index])
+        heads = heads_of_ranks(attention.num_key_heads, group.size)
+        cuts, own = [attention.cut_of_heads(each) for each in heads], heads[group.index]
+        parts = None
+        if group.size > attention.num_key_heads:
+            widths = [cut["qkv.weight"].ranges[1] for cut in cuts]
+            parts = [
+                end - start if each.first == own.first else 0 for each, (start, end) in zip(heads, widths, strict=True)
+            ]
+        attention.exchange = TensorParallel(group, cuts, head_parts=parts)
+        attention.keep_heads(own)
         if isinstance(block.ffn, FeedForward):
             units = even_slices(block.ffn.w_out.in_features, group.size)
             block.ffn.exchange = TensorParallel(group, [block.ffn.cut_of_units(*each) for each in units])
             block.ffn.keep_units(*units[group.index])
+
+
+def heads_of_ranks(num_heads: int, num_ranks: int) -> list[HeadShare]:
+    """Return the heads of keys and values of each rank; if they are fewer than ranks, neighbours share one."""
+    if num_heads >= num_ranks:
+        return [HeadShare(first, last) for first, last in even_slices(num_heads, num_ranks)]
+    sharing = [last - first for first, last in even_slices(num_ranks, num_heads)]
+    return [HeadShare(head, head + 1, part, parts) for head, parts in enumerate(sharing) for part in range(parts)]
 
 
 def cut_parameters(model: nn.Module) -> dict[str, CutParameter]:
