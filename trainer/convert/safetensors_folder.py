@@ -60,14 +60,6 @@ class SafetensorsFolder:
         return sum(entry.size_bytes for entry in self.entries.values())
 
     @property
-    def largest_shard_bytes(self) -> int:
-        """Bytes of the tensors in the largest file."""
-        sizes: dict[str, int] = {}
-        for name, file in self._file_of.items():
-            sizes[file] = sizes.get(file, 0) + self.entries[name].size_bytes
-        return max(sizes.values(), default=0)
-
-    @property
     def dtypes(self) -> set[torch.dtype]:
         """Dtypes of the tensors."""
         return {entry.dtype for entry in self.entries.values()}

@@ -46,11 +46,6 @@ _SCALES: Final[Mapping[Theme, tuple[_RGB, _RGB, _RGB]]] = {
 }
 
 
-def series_colour(theme: Theme, index: int) -> str:
-    """Return the colour of the curve with this number; they repeat."""
-    return SERIES[theme][index % len(SERIES[theme])]
-
-
 def scale_colours(theme: Theme) -> list[tuple[str, str]]:
     """Return the background and the text colour of every step of the scale, lowest first."""
     low, middle, high = _SCALES[theme]
