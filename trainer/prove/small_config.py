@@ -59,7 +59,8 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
         if moe["layers"] is not None:
             model["num_layers"], moe["layers"] = _few_layers(moe["layers"])
     model["attention"] = _small_window(model["attention"], model["num_layers"])
-    values["parallel"] |= {"cp_size": 1, "tp_size": 1}  # narrow heads may be too few to share
+    # Heads, layers and rows may be too few to share.
+    values["parallel"] |= {"cp_size": 1, "tp_size": 1, "pp_size": 1, "pp_layers": None}
     if isinstance(again := values["parallel"]["recompute"], dict):
         again["every"] = min(again["every"], model["num_layers"])
     train, small = values["train"], partial(in_fewer_layers, before=config.model.num_layers, after=model["num_layers"])

@@ -1,5 +1,6 @@
 """Tests for the layouts of a proof: each runs once."""
 
+import json
 from typing import Any
 
 import pytest
@@ -124,3 +125,25 @@ def test_a_config_that_records_or_replays_is_also_proved_with_replayed_experts()
     assert [case for case in cases if not case.replays] == all_cases(plain)
     assert {(case.world_size, case.ep_size) for case in replayed} >= {(1, 1), (2, 2), (3, 1), (4, 2)}
     assert len({case.name for case in cases}) == len(cases)
+
+
+_OVER_GPUS = {"ep_size": 2, "device": "cuda", "dispatcher": {"kind": "deepep"}}
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"pp_size": 6}, {"pp_size": 2, "pp_layers": [2, 4]}, {"pp_size": 2, "pp_schedule": "zbv"}, _OVER_GPUS],
+    ids=str,
+)
+def test_a_config_of_many_gpus_is_proved_on_this_machine(parallel: dict[str, Any]) -> None:
+    values = {"name": "x", "model": {"num_layers": 6}, "train": {"dtype": "bfloat16"}, "parallel": parallel}
+    config = ExperimentConfig.model_validate_json(json.dumps(values))
+    for scaled in (config, shrink(config)):
+        here = in_dtype(scaled, "float64")
+        assert {case.dispatcher for case in all_cases(here)} == {
+            "all_to_all",
+            "all_gather",
+            "deduplicated_all_to_all",
+            "hierarchical",
+        }
+        assert apply_case(here, reference(here)).parallel.pp_size == 1
