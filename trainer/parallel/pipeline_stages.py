@@ -97,6 +97,8 @@ def check_micro_batches(degrees: Degrees, num_micro_batches: int, *, at_once: in
     Raises:
         ConfigError: if they are too few, or of a wrong number.
     """
+    if degrees.pp_size == 1:
+        return
     size, given = degrees.pp_size, f"{degrees.pp_schedule} over {degrees.pp_size} groups of ranks"
     number = num_passes(num_micro_batches, at_once)
     what = "micro-batches" if at_once == 1 else "pairs of micro-batches (parallel.overlap)"

@@ -115,7 +115,7 @@ def take_steps(configs: dict[str, ExperimentConfig]) -> dict[str, tuple[list[str
         moved(self, -tokens_per_expert)
 
     for name, config in configs.items():
-        mesh = mesh_here(ep_size=config.parallel.ep_size, cp_size=config.parallel.cp_size)
+        mesh = mesh_here(**asdict(config.parallel.degrees))
         StepEngine._reduce_sums = local_norm if name == "local norm" else reduced
         BiasBalancedRouter.update = apart if name == "bias apart" else moved
         evidence = measure_step(config, mesh, torch.device("cpu"), warn=lambda _: None)
@@ -130,8 +130,9 @@ def test_faults_are_found_on_several_ranks_and_nothing_else(ranks: Ranks, tmp_pa
         "plain": (["parallel.ep_size=2"], []),
         "copies": (["parallel.ep_size=2", "parallel.placement=round_robin", "parallel.replicas=1"], []),
         "shards": (["parallel.ep_size=2", "parallel.data=shard"], []),
-        "one row": (["train.global_batch_size=1"], []),
+        "one row": (["train.global_batch_size=1", "parallel.pp_schedule=dualpipe_v"], []),
         "parts of rows": (["parallel.cp_size=2"], []),
+        "stages": (["parallel.pp_size=2", "parallel.micro_batch_size=1"], []),
         "local norm": (["parallel.ep_size=2"], ["gradient_norm"]),
         "bias apart": (["parallel.ep_size=2", "parallel.data=shard"], ["bias_direction"]),
     }
@@ -139,7 +140,7 @@ def test_faults_are_found_on_several_ranks_and_nothing_else(ranks: Ranks, tmp_pa
     first, second = ranks.run(2, take_steps, configs)
     assert first == second
     assert {name: found for name, (found, _) in first.items()} == {name: found for name, (_, found) in cases.items()}
-    assert {name for name, (_, layers) in first.items() if layers != 2} == {"parts of rows"}
+    assert {name for name, (_, layers) in first.items() if layers != 2} == {"parts of rows", "stages"}
 
 
 def test_pairs_meet_once_and_disjoint() -> None:

@@ -1,7 +1,7 @@
 """Take a real step of a config on the ranks that were started, and say what is wrong with it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Final, Literal
 
 import torch
@@ -41,6 +41,8 @@ def diagnose_step(config: ExperimentConfig, layout: Layout, *, scale: Scale) -> 
         device = runtime.start(config.parallel.device)
         reason = _is_too_large(config, layout, device) if scale == "auto" else None
         config = shrink(config) if scale == "small" or reason else config
+        if layout.world_size > 1:  # a small copy has fewer degrees
+            layout = replace(layout, **asdict(config.parallel.degrees))
         with joined(layout, device, timeout_s=config.parallel.timeout_s) as mesh:
             evidence = measure_step(config, mesh, device, warn=notes.append)
             found = Diagnosis.of((*STEP_CHECKS, *TEXT_CHECKS), evidence)
@@ -89,6 +91,8 @@ def _unseen(config: ExperimentConfig) -> str:
     if config.parallel.row_size > 1:
         key = "tp_size" if config.parallel.cp_size == 1 else "cp_size"
         return f"layers were not asked about rows, of which each rank has parts (parallel.{key}){alone}"
+    if config.parallel.pp_size > 1:
+        return f"layers were not asked about rows, of which each rank has some (parallel.pp_size){alone}"
     if config.parallel.data == "shard":
         return f"gradients of single layers, and what a step changes, were not looked at in shards of weights{alone}"
     return f"what a step changes in each weight was not looked at{alone}"

@@ -23,6 +23,7 @@ from trainer.models.freeze import is_frozen
 from trainer.models.parameter_roles import is_adapter, is_decayed, parameter_role
 from trainer.moe.routing import RoutingOptions
 from trainer.optim.schedule import resolve_warmup
+from trainer.parallel.pipeline_stages import check_micro_batches
 from trainer.prove.gather import gather_state
 from trainer.training.memory import check_memory
 from trainer.training.model import build_parallel_model, check_kernel, numerics, resolve_kernel, single_process
@@ -35,9 +36,10 @@ _TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1}
 def measure_step(
     config: ExperimentConfig, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
 ) -> StepEvidence:
-    """Take the first step of a config, of at most one micro-batch per rank, and measure it. Collective.
+    """Take the first step of a config, of at most one micro-batch per rank, or some for stages, and measure it.
 
-    Each of several ranks asks its layers about its own rows; what a step changes in weights is looked at on one rank.
+    Collective. Each of several ranks asks its layers about its own rows, if it has whole rows and all layers; what a
+    step changes in weights is looked at on one rank.
 
     Raises:
         TurnoutError: if the text, the model or the memory does not allow it.
@@ -56,7 +58,7 @@ def measure_step(
     with raise_together(mesh.world):
         corpus = build_corpus(config.data, seq_len=config.model.seq_len)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
-    rows = min(config.train.global_batch_size, mesh.layout.data_size * config.parallel.micro_batch_size)
+    rows = min(config.train.global_batch_size, mesh.layout.data_size * config.parallel.micro_batch_size * _number(mesh))
     whole_rows = stream.micro_batches(
         0,
         global_batch_size=rows,
@@ -64,6 +66,7 @@ def measure_step(
         rank=mesh.layout.data_rank,
         world_size=mesh.layout.data_size,
     )
+    check_micro_batches(mesh.layout, len(whole_rows), at_once=config.parallel.at_once)
     batches = [own_part(batch, mesh.layout) for batch in whole_rows]
     model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=warn)
     evidence = StepEvidence(
@@ -74,7 +77,7 @@ def measure_step(
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     assert isinstance(engine, StepEngine)
     with closing(engine):
-        if config.parallel.row_size == 1:  # or a rank has parts of rows
+        if config.parallel.row_size == config.parallel.pp_size == 1:  # or a rank has parts of rows, or of the model
             is_whole = config.parallel.data == "replicate"
             batch = row_slice(batches[0], 0, _MOST_PROBED).to(device)
             probe = LayerProbe(
@@ -87,6 +90,11 @@ def measure_step(
     return evidence
 
 
+def _number(mesh: Mesh) -> int:
+    """Return the micro-batches of a rank's step: as many as every schedule takes, of pairs too."""
+    return 4 * mesh.layout.pp_size if mesh.layout.pp_size > 1 else 1
+
+
 def _text(
     config: ExperimentConfig, corpus: Corpus, stream: TrainStream, batches: Sequence[Batch], mesh: Mesh
 ) -> TextEvidence:
@@ -95,6 +103,9 @@ def _text(
     domain = max(epochs, key=lambda name: epochs[name])
     of_each = []
     for batch in batches:
+        if mesh.pp.index > 0:  # the ranks of a pipeline have the same rows
+            of_each.append((0, 0, 0))
+            continue
         positions = int(batch.valid.any(1).sum()) * batch.valid.shape[1]  # rows that fill up a batch are no text
         of_each.append((positions, positions - batch.num_valid, int((batch.target_mask > 0).sum())))
     num_tokens, padding, targets = mesh.host.all_reduce_(torch.tensor(of_each).sum(0)).tolist()
