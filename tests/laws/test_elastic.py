@@ -57,13 +57,16 @@ class Where:
     tp_size: int = 1
     has_dense_layer: bool = False
     """The model has a layer without experts, sinks and biases, and averaged weights."""
+    has_adapters: bool = False
+    """And low-rank adapters of all matrices."""
 
     def __str__(self) -> str:
         rows = f", cp {self.cp_size} {self.cp}" if self.cp_size > 1 else ""
         stages = f", pp {self.pp_size}" if self.pp_size > 1 else ""
         stages += f", tp {self.tp_size}" if self.tp_size > 1 else ""
         shard = f"{self.data} {self.shard_size or ''}"
-        return f"{self.world_size} ranks, ep {self.ep_size}, {shard}, {self.placement}{rows}{stages}"
+        what = ", adapters" if self.has_adapters else ""
+        return f"{self.world_size} ranks, ep {self.ep_size}, {shard}, {self.placement}{rows}{stages}{what}"
 
 
 ONE = Where(1, 1)
@@ -96,6 +99,7 @@ STAGES = [
     (Where(4, 2, pp_size=2), Where(4, 1, "shard", 2)),
 ]
 DENSE = partial(Where, has_dense_layer=True)
+ADAPTED = partial(DENSE, has_adapters=True)
 HEADS = [
     (DENSE(2, 1, tp_size=2), DENSE(1, 1)),
     (DENSE(1, 1), DENSE(2, 2, tp_size=2)),
@@ -104,6 +108,8 @@ HEADS = [
     (DENSE(3, 1, "shard"), DENSE(4, 1, "shard", tp_size=2, pp_size=2)),
     (DENSE(4, 4, tp_size=4), DENSE(2, 1, "shard")),  # two of the ranks share a head of keys
     (DENSE(1, 1), DENSE(4, 2, tp_size=4)),
+    (ADAPTED(2, 2, tp_size=2), ADAPTED(1, 1)),
+    (ADAPTED(1, 1), ADAPTED(4, 1, "shard", tp_size=2)),
 ]
 
 
@@ -116,7 +122,8 @@ def _engine(where: Where, dtype: torch.dtype) -> NativeEngine:
     model, ema = tiny_model_config(MOE), None
     if where.has_dense_layer:
         attention, ema = {"sinks": True, "qkv_bias": True, "out_bias": True}, EMAConfig(decay=0.5)
-        model = tiny_model_config({**MOE, "first_dense_layers": 1}, num_layers=3, attention=attention)
+        lora = {"rank": 3, "trains": ["router"]} if where.has_adapters else None
+        model = tiny_model_config({**MOE, "first_dense_layers": 1}, num_layers=3, attention=attention, lora=lora)
     return make_engine(model, dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section, ema=ema)
 
 

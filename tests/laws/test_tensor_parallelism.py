@@ -53,6 +53,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_layers": 3,
         "document_mask": True,
     },
+    "adapters": {
+        "moe": {"first_dense_layers": 1, "num_shared_experts": 1},
+        "num_layers": 3,
+        "num_kv_heads": 2,
+        "attention": _BIASED,
+        "lora": {"rank": 3, "alpha": 6, "trains": ["router", "norms"]},
+    },
+    "adapters of latents": {"moe": None, **latent_attention(), "lora": {"rank": 3, "use_rslora": True}},
     "experts choose tokens": {"moe": {"router": {"kind": "expert_choice"}, "balance": {"coef": 0.0}}},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -104,6 +112,8 @@ FOR: dict[str, list[str]] = {
         "sharded",
         "stages",
     ],
+    "adapters": ["2 ranks", "4 ranks", "sharded", "stages", "rows shared by heads"],
+    "adapters of latents": ["2 ranks, blocks again", "sharded, no experts"],
     "experts choose tokens": ["rows shared by heads"],
 }
 CASES = [(model, layout) for model in MODELS for layout in FOR[model]]

@@ -5,7 +5,23 @@ from tests.planted.fault import in_package as _fault
 MODEL = "models/test_lora.py"
 PEFT = "convert/test_peft_adapter.py"
 
+HEADS = "tests/laws/test_tensor_parallelism.py::test_ranks_that_share_heads_learn_the_same[adapters-2 ranks]"
+
 FAULTS = [
+    _fault(
+        "ranks that share heads leave out the adapter of what they sum",
+        "models/lora.py",
+        "return out + linear.added(x.to(compute_dtype(x))) if isinstance(linear, LoRALinear) else out",
+        "return out",
+        HEADS,
+    ),
+    _fault(
+        "columns of A on a rank begin as a narrower matrix would",
+        "models/initialize.py",
+        "uniform_pieces(shape[-1] ** -0.5)",
+        "uniform_pieces(parameter.shape[-1] ** -0.5)",
+        HEADS,
+    ),
     _fault(
         "an adapter is added without its scale",
         "models/lora.py",

@@ -49,7 +49,7 @@ FAULTS = [
     _fault(
         "every rank adds the bias of the outputs",
         "models/token_exchange.py",
-        "F.linear(y, linear.weight), is_part=is_part)\n    return out if linear.bias is None else out + linear.bias",
+        "product(linear, y), is_part=is_part)\n    return out if linear.bias is None else out + linear.bias",
         "linear(y), is_part=is_part)\n    return out",
         GROUPED,
     ),

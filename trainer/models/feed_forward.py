@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
 from trainer.models.recompute import checkpointed
-from trainer.models.token_exchange import TokenExchange, keep_cuts, project_in, project_out
+from trainer.models.token_exchange import TokenExchange, keep_cuts, project_in, project_out, with_adapters
 from trainer.ops.activations import Activation, hidden_width
 from trainer.ops.cut import Cut
 from trainer.ops.expert_ffn import activate
@@ -33,7 +33,8 @@ class FeedForward(nn.Module):
         """Return the cuts of both matrices that belong to some of the d_ff hidden units."""
         d_ff, width = self.w_out.in_features, self.w_in.out_features
         rows = tuple((at + first, at + last) for at in range(0, width, d_ff))  # of the gate, and of what it multiplies
-        return {"w_in.weight": Cut(0, width, rows), "w_out.weight": Cut(1, d_ff, ((first, last),))}
+        cuts = {"w_in.weight": Cut(0, width, rows), "w_out.weight": Cut(1, d_ff, ((first, last),))}
+        return with_adapters(self, cuts)
 
     def keep_units(self, first: int, last: int) -> None:
         """Keep only some of the hidden units."""

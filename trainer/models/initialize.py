@@ -54,9 +54,10 @@ def initialize(
             continue
         config = model.config
         values = normal_pieces(initial_std(name, init_std=config.init_std, num_layers=config.num_layers))
-        if name.endswith(FACTOR_A):  # as nn.Linear and peft begin
-            values = uniform_pieces(parameter.shape[-1] ** -0.5)
         part = (shards or {}).get(name) or WeightShard(parameter, tuple(slice(0, size) for size in parameter.shape))
+        shape = parameter.shape if part.cut is None else part.cut.whole_shape(parameter.shape)
+        if name.endswith(FACTOR_A):  # as nn.Linear and peft begin
+            values = uniform_pieces(shape[-1] ** -0.5)
         match parameter_role(name):
             case "norm":
                 part.local.fill_(NORM_START[model.config.norm])
@@ -73,8 +74,7 @@ def initialize(
                 cut = part.cut or Cut(0, parameter.shape[0], ((0, parameter.shape[0]),))
                 for here, index in cut.pieces(part.index):
                     piece = part.local.narrow(cut.dim, here.start, here.stop - here.start)
-                    shape, seed_of_p = cut.whole_shape(parameter.shape), stable_hash("init", seed, name)
-                    fill(piece, values, seed_of_p, shape=shape, index=index)
+                    fill(piece, values, stable_hash("init", seed, name), shape=shape, index=index)
     for buffer in model.buffers():
         buffer.zero_()
 

@@ -19,7 +19,7 @@ from trainer.models.lora import whole_weight
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
 from trainer.models.rotary_embedding import latent_score_scale
-from trainer.models.token_exchange import TokenExchange, keep_cuts, project_out
+from trainer.models.token_exchange import TokenExchange, keep_cuts, project_out, with_adapters
 from trainer.ops.attention import CausalAttention, torch_attention
 from trainer.ops.attention_mask import PreparedMask, RowMask
 from trainer.ops.cut import Cut
@@ -69,7 +69,8 @@ class LatentAttention(nn.Module):
             "kv_b.weight": cut(0, latent.qk_nope_head_dim + latent.v_head_dim),
             "out.weight": cut(1, latent.v_head_dim),
         }
-        return cuts if self.q_b is None else {"q_b.weight": cut(0, latent.qk_head_dim), **cuts}
+        of_queries = {} if self.q_b is None else {"q_b.weight": cut(0, latent.qk_head_dim)}
+        return with_adapters(self, {**of_queries, **cuts})
 
     def keep_heads(self, share: HeadShare) -> None:
         """Keep only some heads."""

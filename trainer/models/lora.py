@@ -38,7 +38,17 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Apply to x (..., K): (..., N)."""
         x = input.to(compute_dtype(input))  # rounded once, so that one copy is saved
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
+        return super().forward(x) + self.added(x)
+
+    def added(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds for x (..., K): (..., N)."""
+        return F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
+
+
+def product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Return x W^T, with the adapter of a projection but without its bias."""
+    out = F.linear(x, linear.weight)
+    return out + linear.added(x.to(compute_dtype(x))) if isinstance(linear, LoRALinear) else out
 
 
 def whole_weight(linear: nn.Linear) -> Tensor:

@@ -14,7 +14,7 @@ from trainer.models.head_share import HeadShare
 from trainer.models.kv_cache import LayerCache
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
-from trainer.models.token_exchange import TokenExchange, keep_cuts, project_in, project_out
+from trainer.models.token_exchange import TokenExchange, keep_cuts, project_in, project_out, with_adapters
 from trainer.ops.attention import CausalAttention, torch_attention
 from trainer.ops.attention_mask import PreparedMask, RowMask
 from trainer.ops.cut import Cut
@@ -69,7 +69,7 @@ class Attention(nn.Module):
             cuts["qkv.bias"] = rows
         if self.sinks is not None:
             cuts["sinks"] = Cut(0, self.num_heads, (share.range_of(shared),))
-        return cuts
+        return with_adapters(self, cuts)
 
     def keep_heads(self, share: HeadShare) -> None:
         """Keep only some heads of keys and values, and their queries; `exchange` makes shared heads whole."""

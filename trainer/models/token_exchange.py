@@ -12,9 +12,10 @@ has all tokens of the ranks, for its own heads or hidden units.
 from collections.abc import Mapping
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.models.lora import product
+from trainer.models.parameter_roles import factor_names
 from trainer.models.recompute import checkpointed
 from trainer.ops.cut import Cut
 
@@ -56,8 +57,23 @@ def project_out(linear: nn.Linear, y: Tensor, exchange: TokenExchange | None, *,
     """Apply a projection, or the columns of it that are here, and sum over ranks; a bias is added once, to the sum."""
     if exchange is None:
         return linear(y)
-    out = exchange.reduced(F.linear(y, linear.weight), is_part=is_part)
+    out = exchange.reduced(product(linear, y), is_part=is_part)
     return out if linear.bias is None else out + linear.bias
+
+
+def with_adapters(module: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
+    """Return cuts of weights with those of their adapters: rows of W are rows of B, columns those of A (`model.lora`).
+
+    The other factor is whole: it sees all tokens of the ranks, for the heads or hidden units here, so that its gradient
+    is a partial sum on every rank.
+    """
+    there, found = {name for name, _ in module.named_parameters()}, dict(cuts)
+    for name, cut in cuts.items():
+        of_columns, of_rows = factor_names(name)
+        factor = of_columns if cut.dim else of_rows
+        if factor in there:
+            found[factor] = cut
+    return found
 
 
 def keep_cuts(module: nn.Module, cuts: Mapping[str, Cut]) -> None:

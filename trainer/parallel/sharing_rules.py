@@ -55,9 +55,8 @@ def _cut_problems(model: ModelConfig, tp: int, *, engine: str) -> Iterator[Probl
         yield Problem("parallel.tp_size", f"{tp} ranks cut model.d_ff {model.d_ff}; use at most {model.d_ff}")
     refused = {
         "model.attention.qk_norm_over": model.qk_norm and model.attention.qk_norm_over == "all_heads",
-        "model.lora": model.lora is not None,
         "engine.kind": engine != "native",
     }
-    remedies = {"model.attention.qk_norm_over": "use head", "model.lora": "leave it out", "engine.kind": "use native"}
+    remedies = {"model.attention.qk_norm_over": "use head", "engine.kind": "use native"}
     for key in (key for key, is_on in refused.items() if is_on):
         yield Problem(key, f"it does not go with parallel.tp_size {tp} yet; {remedies[key]}, or tp_size: 1")
