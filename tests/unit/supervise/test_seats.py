@@ -9,7 +9,7 @@ from trainer.errors import ConfigError
 from trainer.supervise import seats as seats_module
 from trainer.supervise.launch import Launch
 from trainer.supervise.machines import Machine, Machines
-from trainer.supervise.seats import RunIsOver, Seats, assign_nodes
+from trainer.supervise.seats import Round, RunIsOver, Seats, assign_nodes
 from trainer.supervise.stop_signals import StopSignals
 
 
@@ -59,34 +59,48 @@ def machine_there(folder: Path, number: int, round_: int) -> Machines:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_spare_waits_until_a_machine_is_lost_and_has_its_node_then(tmp_path: Path) -> None:
-    zero, one = machine_there(tmp_path, 0, 1), machine_there(tmp_path, 1, 1)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_spare_waits_until_a_machine_is_lost_and_has_its_node_then(tmp_path: Path, lost: int) -> None:
+    there = [Machines(tmp_path, number=number, address=f"127.0.0.{5 + number}", round_=1) for number in range(2)]
+    for machine in there:
+        machine.open()
     spare, began = seats_of(tmp_path, 2), time.monotonic()
     spare.open()
     with StopSignals() as requests:
-        (tmp_path / "round-00000001").write_text(json.dumps({"machines": [0, 1], "address": "127.0.0.1"}))
-        for machine in (zero, one):
+        (tmp_path / "round-00000001").write_text(json.dumps({"machines": [0, 1], "address": "127.0.0.5"}))
+        for machine in there:
             machine.say("running", round_=1)
         wait_until(lambda: is_seen(spare, 0, "running") and is_seen(spare, 1, "running"))
-        one.close()
-        zero.say("ready", round_=2)
+        left = there[1 - lost]
+        there[lost].close()
+        left.say("ready", round_=2)
         seat = spare.take(requests)
-    assert seat is not None and (seat.node_rank, list(seat.ranks)) == (1, [1])
+    assert seat is not None and (seat.node_rank, list(seat.ranks)) == (lost, [lost])
+    assert seat.master_addr == ("127.0.0.5" if lost else "127.0.0.1"), "that of the machine with the first node now"
     assert time.monotonic() - began > 1.0, "it was given its time"
-    assert json.loads((tmp_path / "round-00000002").read_text())["machines"] == [0, 2]
-    zero.say("ended", round_=2, code=6)
-    with StopSignals() as requests, pytest.raises(RunIsOver, match=r"machine 0 .* has ended with 6") as over:
+    assert json.loads((tmp_path / "round-00000002").read_text())["machines"] == ([0, 2] if lost else [2, 1])
+    left.say("ended", round_=2, code=6)
+    with StopSignals() as requests, pytest.raises(RunIsOver, match=rf"machine {1 - lost} .* has ended with 6") as over:
         spare.take(requests)
     assert over.value.code == 6
-    zero.close()
+    left.close()
     spare.leave(6)
 
 
+def test_of_two_machines_that_decide_the_next_start_the_first_has_decided(tmp_path: Path) -> None:
+    first, second = seats_of(tmp_path, 0), seats_of(tmp_path, 2)
+    first._make(Round(number=1, machines=[0, 1], address="a"))
+    second._make(Round(number=1, machines=[2, 1], address="b"))
+    found = second._newest()
+    assert (found.number, list(found.machines), found.address) == (1, [0, 1], "a")
+
+
 @pytest.mark.usefixtures("quick")
-def test_what_an_earlier_run_left_is_no_sign_of_life(tmp_path: Path) -> None:
-    """Both its machines ended, and its files say that a third one is ready."""
+@pytest.mark.parametrize("num_ended", [1, 2])
+def test_what_an_earlier_run_left_is_no_sign_of_life(tmp_path: Path, num_ended: int) -> None:
+    """One of its machines ended, or both, and its files say that the others are ready."""
     left = [machine_there(tmp_path, number, 4) for number in range(3)]
-    for machine in left[:2]:
+    for machine in left[:num_ended]:
         machine.say("ended", round_=3, code=75)
     for machine in left:
         machine.close()
