@@ -4,7 +4,7 @@
     python -m tests.chaos.run --release             the numbers that docs/reliability.md states
     python -m tests.chaos.run --only kills --seed 3
     python -m tests.chaos.run --engine zero1        under DeepSpeed
-    python -m tests.chaos.run --beside pp           with stages; cp: with shared rows
+    python -m tests.chaos.run --beside pp           with stages; cp: with shared rows; tp: with shared heads
 
 Ends with 1 if anything was lost, hung or undetected, or a negative control was not noticed.
 """
@@ -51,6 +51,7 @@ BESIDE = {
     "none": (),
     "cp": ("parallel.cp_size=2", "parallel.cp=ring"),
     "pp": ("parallel.pp_size=2",),
+    "tp": ("parallel.tp_size=2",),
 }
 """Further degrees of every run, of at least two ranks."""
 NUM_STAGES = {"pp": 2}

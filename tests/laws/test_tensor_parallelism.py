@@ -98,7 +98,6 @@ FOR: dict[str, list[str]] = {
         "2 ranks, blocks again",
         "2 ranks, micro-batches overlap",
         "sharded",
-        "stages",
         "rows shared by heads",
         "rows shared in a ring",
     ],
@@ -112,7 +111,7 @@ FOR: dict[str, list[str]] = {
         "sharded",
         "stages",
     ],
-    "adapters": ["2 ranks", "4 ranks", "sharded", "stages", "rows shared by heads"],
+    "adapters": ["2 ranks", "4 ranks", "sharded", "rows shared by heads"],
     "adapters of latents": ["2 ranks, blocks again", "sharded, no experts"],
     "experts choose tokens": ["rows shared by heads"],
 }
