@@ -48,7 +48,11 @@ def collect_of(config: ExperimentConfig, case: Case, ranks: LocalRanks) -> Evide
 def assert_learns_the_same(config: ExperimentConfig, layout: Mapping[str, Any], ranks: LocalRanks) -> None:
     """Train under a layout, in micro-batches of all rows unless it says otherwise, and compare with one process."""
     fields: dict[str, Any] = {"micro_batch_size": ROWS, **layout}
-    together = collect_of(config, Case(**fields), ranks)
+    assert_same(collect_of(config, Case(**fields), ranks), config)
+
+
+def assert_same(together: Evidence, config: ExperimentConfig) -> None:
+    """Compare what ranks have learned with one process."""
     found = compare(together, _alone(config.model_dump_json()), tolerance=TOLERANCE, floor=FLOORS["float64"])
     assert found.is_equal, f"{found.first_different}: {found.cause}"
     assert found.flips == 0

@@ -1100,19 +1100,18 @@ CASES = [
          NAMED + "parallel: {shard_size: 2}\n",
          ["x.yaml:2:12: parallel.shard_size: 2, but parallel.data is replicate; use shard, or leave it out"]),
     Case("rows that cannot be shared",
-         NAMED + "model: {seq_len: 36, num_heads: 4, d_model: 64}\nparallel: {cp_size: 8, compile: true}\n",
+         NAMED + "model: {seq_len: 36, num_heads: 4, d_model: 64}\nparallel: {cp_size: 8}\n",
          ["x.yaml:3:12: parallel.cp_size: 8 ranks share rows in chunks, two of each rank, and model.seq_len 36 is no "
           "multiple of 16; use another size, or model.seq_len: 48",
           "x.yaml:3:12: parallel.cp_size: ulysses gives each of 8 ranks a head, and model.num_heads is 4; use at "
-          "most 4",
-          "x.yaml:3:24: parallel.compile: true does not go with cp_size 8 yet; use false, or cp_size: 1"]),
+          "most 4"]),
     Case("micro-batches that overlap under DeepSpeed",
          NAMED + "engine: {kind: deepspeed}\nparallel: {overlap: micro_batches}\n",
          ["x.yaml:3:12: parallel.overlap: it does not go with the DeepSpeed engine; use engine.kind native"]),
     Case("rows and heads that cannot be shared",
          NAMED + "model: {seq_len: 36, num_heads: 6, d_model: 48, num_kv_heads: 3, qk_norm: true, d_ff: 3,\n"
          "  attention: {qk_norm_over: all_heads}, moe: {first_dense_layers: 1}}\n"
-         "parallel: {tp_size: 4, cp_size: 2, compile: true}\nengine: {kind: deepspeed}\n",
+         "parallel: {tp_size: 4, cp_size: 2}\nengine: {kind: deepspeed}\n",
          ["x.yaml:3:15: model.attention.qk_norm_over: it does not go with parallel.tp_size 4 yet; use head, or "
           "tp_size: 1",
           "x.yaml:4:12: parallel.tp_size: 8 ranks (tp_size times cp_size 2) share rows in chunks, two of each rank, "
@@ -1120,7 +1119,6 @@ CASES = [
           "x.yaml:4:12: parallel.tp_size: 4 ranks cut model.d_ff 3; use at most 3",
           "x.yaml:4:24: parallel.cp_size: ulysses gives each of 2 ranks a head, and model.num_heads is 6, of which a "
           "tensor-parallel rank has 1 (tp_size 4); use at most 1",
-          "x.yaml:4:36: parallel.compile: true does not go with tp_size 4 yet; use false, or tp_size: 1",
           "x.yaml:5:10: engine.kind: it does not go with parallel.tp_size 4 yet; use native, or tp_size: 1"]),
     Case("more ranks than heads of queries",
          NAMED + "model: {num_heads: 4, d_model: 32, num_kv_heads: 2, moe: {first_dense_layers: 1}}\n"

@@ -139,6 +139,13 @@ FAULTS = [
         ELASTIC,
     ),
     _fault(
+        "a block is compiled whole, exchanges included",
+        "parallel/compile_glue.py",
+        "if model.row_parts is not None:",
+        "if model.row_parts is None:",
+        "tests/laws/test_compiled_exchanges.py::test_blocks_traced_between_exchanges_learn_the_same[heads]",
+    ),
+    _fault(
         "a run goes on with the first columns",
         "engine/state_slices.py",
         "found.own.of(part))",

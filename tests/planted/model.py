@@ -141,7 +141,7 @@ FAULTS = [
         "self.attention(x, self.attention_norm,",
         "self.attention(x, self.ffn_norm,",
     ),
-    _in_block("the residual stream ends at attention", "x = x + self.attention(", "x = self.attention("),
+    _in_block("the residual stream ends at attention", "x = x + y", "x = y"),
     _in_block("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
     _in_block("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
     _in_block("the residual stream ends at a dense block", "return x + self.ffn(normed,", "return self.ffn(normed,"),

@@ -129,7 +129,11 @@ class Block(nn.Module):
         self, x: Tensor, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention, and its normalized copy for the feed-forward."""
-        x = x + self.attention(x, self.attention_norm, rotary, mask, extend)
+        return self.joined(x, self.attention(x, self.attention_norm, rotary, mask, extend))
+
+    def joined(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream with attention's output y, and its normalized copy for the feed-forward."""
+        x = x + y
         return x, self.ffn_norm(x)
 
 

@@ -8,6 +8,8 @@ instead (weight absorption), so that the latents themselves are the keys and val
 # rotary positions, v values; c latent of keys and values.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,7 @@ class LatentAttention(nn.Module):
         """Exchanges tokens with the ranks that have the other heads; None: all heads are here."""
         self.own_queries = slice(None)
         """Columns of the queries that belong to the heads here, where they are not compressed."""
+        self.compiled_heads: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def num_key_heads(self) -> int:
@@ -80,27 +83,42 @@ class LatentAttention(nn.Module):
             self.own_queries = slice(*share.range_of(self.latent.qk_head_dim))
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None
+        self,
+        x: Tensor,
+        norm: Callable[[Tensor], Tensor],
+        rotary: Tensor,
+        mask: PreparedMask | None,
+        extend: LayerCache | None,
     ) -> Tensor:
         """Attend over norm(x) (B, S, D), and over the cache if there is one; arguments as in `Attention.forward`."""
         is_part, again = isinstance(mask, RowMask), self.recompute == "norms_and_activations" and extend is None
         projected = checkpointed(lambda x: self.qkv_a(norm(x)), x, recompute=again)
         if self.exchange is not None:  # narrower than x, so that no rank makes the latents of other ranks' tokens
             projected = self.exchange.gathered(projected, is_part=is_part)
-        q, latent, k_rope = projected.split(self.widths, dim=-1)  # latent (B, S, c)
+        if extend is None:
+            heads = self.heads if self.compiled_heads is None else self.compiled_heads
+            y = self.core_attention(*heads(projected, rotary), mask, None)
+        else:
+            q, latent, k_rope = self._rotated(projected, rotary, again=False)
+            y = self._attend_over_cache(q, self.kv_norm(latent), k_rope, extend)
+        return project_out(self.out, y.transpose(1, 2).flatten(2), self.exchange, is_part=is_part)
+
+    def heads(self, projected: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys (B, H, S, n + r), and values (B, H, S, v), from what `qkv_a` gives."""
+        again = self.recompute == "norms_and_activations"
+        q, latent, k_rope = self._rotated(projected, rotary, again=again)
+        return q, *self._keys_and_values(checkpointed(self._expanded, latent, recompute=again), k_rope)
+
+    def _rotated(self, projected: Tensor, rotary: Tensor, *, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, S, n + r), latents (B, S, c) and rotated keys (B, 1, S, r)."""
+        q, latent, k_rope = projected.split(self.widths, dim=-1)
         q = q[..., self.own_queries]
         q_nope, q_rope = self._of_heads(checkpointed(self._queries, q, recompute=again)).split(
             [self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim], dim=-1
         )
-        q = torch.cat([q_nope, rotate(q_rope, rotary).to(q.dtype)], dim=-1)  # (B, H, S, n + r)
+        q = torch.cat([q_nope, rotate(q_rope, rotary).to(q.dtype)], dim=-1)
         q = q if self.score_scale == 1 else q * self.score_scale
-        k_rope = rotate(k_rope[:, None], rotary).to(k_rope.dtype)  # (B, 1, S, r)
-        if extend is None:
-            k, v = self._keys_and_values(checkpointed(self._expanded, latent, recompute=again), k_rope)
-            y = self.core_attention(q, k, v, mask, None)
-        else:
-            y = self._attend_over_cache(q, self.kv_norm(latent), k_rope, extend)
-        return project_out(self.out, y.transpose(1, 2).flatten(2), self.exchange, is_part=is_part)
+        return q, latent, rotate(k_rope[:, None], rotary).to(k_rope.dtype)
 
     def _queries(self, q: Tensor) -> Tensor:
         return q if self.q_norm is None or self.q_b is None else self.q_b(self.q_norm(q))

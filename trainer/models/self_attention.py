@@ -6,6 +6,8 @@ each head rotated.
 # B rows, S tokens in a row, D d_model, H query heads, Hkv key and value heads, d head width, r its rotated part.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,7 @@ class Attention(nn.Module):
         self.recompute: Recompute = "none"
         self.exchange: TokenExchange | None = None
         """Exchanges tokens with the ranks that have the other heads; None: all heads are here."""
+        self.compiled_heads: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def num_key_heads(self) -> int:
@@ -79,7 +82,12 @@ class Attention(nn.Module):
         self.num_heads = self.widths[0] // self.head_dim
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None
+        self,
+        x: Tensor,
+        norm: Callable[[Tensor], Tensor],
+        rotary: Tensor,
+        mask: PreparedMask | None,
+        extend: LayerCache | None,
     ) -> Tensor:
         """Attend over norm(x) (B, S, D), and over the cache if there is one.
 
@@ -98,13 +106,14 @@ class Attention(nn.Module):
             projected = self.exchange.whole_heads(projected, num_queries=self.widths[0])
         # Without a norm or a limit, nothing of them is saved anyway.
         again = again and (self.q_norm is not None or self.clip is not None)
-        q, k, v = checkpointed(self._rotated, projected, rotary, recompute=again)
+        heads = self.heads if self.compiled_heads is None or extend is not None else self.compiled_heads
+        q, k, v = checkpointed(heads, projected, rotary, recompute=again)
         changes_scores = self.softcap is not None or self.sinks is not None
         rule = ScoreRule(softcap=self.softcap, sinks=self.sinks) if changes_scores else None
         y = self.core_attention(q, k, v, mask, rule) if extend is None else extend.attend(q, k, v, rule)
         return project_out(self.out, y.transpose(1, 2).flatten(2), self.exchange, is_part=is_part)
 
-    def _rotated(self, projected: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, projected: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, S, d), and keys and values (B, Hkv, S, d), from their projection (B, S, .)."""
         q, k, v = projected.split(self.widths, dim=-1)
         if not self.norms_each_head:

@@ -11,7 +11,6 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.sharded_tensor import is_sharded
 from trainer.errors import ConfigError
 from trainer.models.block import Block
-from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
 from trainer.models.initialize import WeightShard, initialize
 from trainer.moe.dispatch.base import Dispatcher
@@ -20,10 +19,9 @@ from trainer.moe.expert_places import ExpertPlaces
 from trainer.moe.layer import MoE
 from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.ops.block_attention import flex, suits_blocks
-from trainer.ops.expert_ffn import activate
+from trainer.parallel.compile_glue import compile_glue, compile_kernel
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.expert_placement import ExpertPlacement, named_placement
-from trainer.parallel.memory_budget import inductor_within_budget
 from trainer.parallel.pipeline_stages import pipeline_stages
 from trainer.parallel.ring_attention import RingAttention
 from trainer.parallel.shards import local, shard_index
@@ -78,10 +76,13 @@ def parallelize(
     model.overlaps = config.overlaps
     for layer, block in model.blocks.numbered():
         block.set_recompute(config.recompute_of(layer))
-    choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)
+    is_compiled = config.compile and can_compile
+    choose_attention(model, device, dtype, is_compiled=is_compiled)
     if mesh.rows.size > 1:
+        if is_compiled:
+            compile_kernel(model)
         share_rows(model, mesh, kind=config.cp)
-    if config.compile and can_compile:
+    if is_compiled:
         compile_glue(model)
     if config.data == "shard":
         from trainer.parallel.shard import shard  # which imports what takes half a second
@@ -163,23 +164,3 @@ def share_rows(model: GPT, mesh: Mesh, *, kind: Literal["ulysses", "ring"]) -> N
         else:
             ring, heads = RingAttention(mesh.cp, own, form), UlyssesAttention(mesh.cp, own)
             block.attention.core_attention = ring if kind == "ring" else heads
-
-
-def compile_glue(model: GPT) -> None:
-    """Compile the operations around matrix products.
-
-    Norms, attention and losses are compiled for static shapes; activations for any number of rows.
-    """
-    activation = torch.compile(activate, dynamic=True)
-    for module in model.modules():
-        if isinstance(module, FeedForward):
-            module.activate = activation
-    for block in cast(Iterable[Block], model.blocks):
-        # Only attention in blocks keeps softmax weights; other kernels' graphs are left as they are.
-        is_blocked = block.attention.core_attention is blocked_attention
-        backend = inductor_within_budget if is_blocked else "inductor"
-        block.compiled_attend = torch.compile(block.attend, dynamic=False, backend=backend)
-    if model.config.num_layers - 1 in model.blocks.numbers:
-        model.compiled_norm = torch.compile(model.norm, dynamic=False)
-    for moe in model.moe_layers():
-        moe.experts.is_compiled = True

@@ -12,7 +12,7 @@ def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: st
     cp, tp, S = parallel.cp_size, parallel.tp_size, model.seq_len
     if cp * tp == 1:
         return
-    key, sizes = ("cp_size", f"cp_size {cp}") if tp == 1 else ("tp_size", f"tp_size {tp}")
+    key = "cp_size" if tp == 1 else "tp_size"
     if S % (chunks := 2 * cp * tp):
         product = "" if 1 in (cp, tp) else f" (tp_size times cp_size {cp})"
         given = (
@@ -25,8 +25,6 @@ def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: st
         given = f"ulysses gives each of {cp} ranks a head, and model.num_heads is {model.num_heads}"
         of_tp = "" if tp == 1 else f", of which a tensor-parallel rank has {heads} (tp_size {tp})"
         yield Problem("parallel.cp_size", f"{given}{of_tp}; use at most {heads}")
-    if parallel.compile:
-        yield Problem("parallel.compile", f"true does not go with {sizes} yet; use false, or {key}: 1")
     if tp > 1:
         yield from _cut_problems(model, tp, engine=engine)
 
