@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from trainer.experiment import ExperimentConfig
+from trainer.families.config import ExportConfig
 from trainer.models.parameter_patterns import in_fewer_layers
 
 
@@ -36,9 +37,16 @@ def _few_layers(moe_layers: Sequence[int]) -> tuple[int, list[int]]:
     return len(kept), [number for number, layer in enumerate(kept) if layer in moe_layers]
 
 
+def _only_training(config: ExperimentConfig) -> dict[str, Any]:
+    """Return a dumped config without what takes no part in a step, and may need longer rows or a larger model."""
+    values = config.model_dump()
+    values["eval"]["tasks"], values["checkpoint"]["best"], values["train"]["early_stopping"] = [], None, None
+    return values | {"export": ExportConfig().model_dump()}
+
+
 def shrink(config: ExperimentConfig) -> ExperimentConfig:
     """Return the config with a small model and batch, and unchanged routing."""
-    values = config.model_dump()
+    values = _only_training(config)
     model, moe = values["model"], values["model"]["moe"]
     d_model, heads = min(model["d_model"], 64), min(model["num_heads"], 4)
     kv_heads = model["num_kv_heads"]

@@ -1,10 +1,13 @@
 """Tests for the layouts of a proof: each runs once."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.config.test_schema import SHIPPED
+from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.parallel.config import RecomputeEveryConfig
 from trainer.prove.all_cases import all_cases
@@ -147,3 +150,18 @@ def test_a_config_of_many_gpus_is_proved_on_this_machine(parallel: dict[str, Any
             "hierarchical",
         }
         assert apply_case(here, reference(here)).parallel.pp_size == 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_has_a_small_copy(path: Path) -> None:
+    small = in_dtype(shrink(load(path, [], ExperimentConfig)), "float64")
+    assert apply_case(small, reference(small)).model == small.model
+
+
+def test_a_small_copy_is_not_refused_for_what_takes_no_part_in_a_step() -> None:
+    task = {"kind": "generation", "name": "t", "prompt": "{a}", "references": ["{b}"], "max_new_tokens": 99}
+    values = {"name": "x", "eval": {"tasks": [task | {"rows": {"kind": "jsonl", "path": "x.jsonl"}}]}}
+    values |= {"checkpoint": {"best": "eval/t/rouge_l"}, "export": {"target": "qwen3_moe"}}
+    values |= {"train": {"early_stopping": {"metric": "eval/t/rouge_l"}}, "model": {"qk_norm": True}}
+    small = shrink(ExperimentConfig.model_validate(values))
+    assert small.model.seq_len == 32 and not small.eval.tasks
