@@ -29,6 +29,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.freeze import check_rate_factors, freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
+from trainer.parallel.pipeline_stages import SCHEDULES, check_micro_batches
 from trainer.prove.cases import Case, apply_case, labels, reference
 from trainer.prove.compare import Comparison, compare
 from trainer.prove.pool import LocalRanks
@@ -104,6 +105,7 @@ def draw(number: int, folder: Path) -> Trial:
             case = _copied(random.Random(f"copies {number}"), config, case)
             overlaps = case.ep_size > 1 and case.zero_stage is None and number % 2 == 1
             case = replace(case, overlap="micro_batches" if overlaps else "none")
+            config, case = _in_stages(random.Random(f"stages {number}"), config, case)
             apply_case(config, case)
         except (ConfigError, ValidationError):  # as where the router of an adapted model has no weights
             continue
@@ -152,6 +154,25 @@ def _sharing_heads(drawn: random.Random, config: ExperimentConfig, case: Case) -
     except (ConfigError, ValidationError):  # as for too few heads of keys
         return case
     return heads
+
+
+def _in_stages(drawn: random.Random, config: ExperimentConfig, case: Case) -> tuple[ExperimentConfig, Case]:
+    """Draw whether a layout of two ranks is that of each of two stages, which have the layers of a deeper model."""
+    if case.world_size != 2 or case.zero_stage is not None or case.replays or drawn.random() < 0.3:
+        return config, case
+    values = config.model_dump()
+    values["model"]["num_layers"] = drawn.choice([4, 5])
+    values["model"]["moe"] |= {"layers": None, "first_dense_layers": 0, "every": 1}
+    schedule = drawn.choice(list(SCHEDULES))
+    stages = replace(case, world_size=4, pp_size=2, pp_schedule=schedule, micro_batch_size=1)
+    rows = -(-config.train.global_batch_size * case.cp_size * case.tp_size // case.world_size)
+    try:
+        deep = ExperimentConfig.model_validate(values)
+        parallel = apply_case(deep, stages).parallel
+        check_micro_batches(parallel.degrees, rows, at_once=parallel.at_once)
+    except (ConfigError, ValidationError):  # as for too few micro-batches
+        return config, case
+    return deep, stages
 
 
 def _copied(drawn: random.Random, config: ExperimentConfig, case: Case) -> Case:
