@@ -61,6 +61,7 @@ def by_name(case: dict[str, Any], **fields: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.nightly
 def test_layer_compares_kernels_routings_and_peers(workplace: Path) -> None:
     (case,) = measured(workplace, f"layer {SHAPE} --rounds 2 --kernel loop,grouped --peers grouped_mm")
     assert {key: case[key] for key in ("top_k", "d_model", "d_ff", "tokens", "dtype")} == {
@@ -111,6 +112,7 @@ def test_traced_routing_comes_from_a_run(workplace: Path) -> None:
     refused(result, "--routing: runs/tiny has 4 experts, not 8; use --experts 4")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_memory_weighs_kernels_and_dispatchers(workplace: Path) -> None:
     one, two = measured(workplace, f"memory {SHAPE} --kernel loop,fused --peers eager --dispatcher all_to_all")

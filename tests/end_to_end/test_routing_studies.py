@@ -26,6 +26,7 @@ def _run_warm(command: list[str], **_: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_a_study_says_what_every_run_and_their_mean_gave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -427,6 +427,7 @@ def test_a_stop_before_the_first_step_is_75_and_saves_nothing(
     assert "starting again" not in said and newest(workplace, f"early{who}") is None
 
 
+@pytest.mark.nightly
 def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, start: Start) -> None:
     """Uses the options of docs/reliability.md; every process gets SIGUSR1, as from Slurm."""
     text = (ROOT / "docs/reliability.md").read_text()

@@ -13,7 +13,7 @@ from tests.end_to_end.tiny import environment, make_workplace, numbers, run
 from tests.launched_ranks import ROOT
 from tests.two_host_runs import LAYOUTS
 
-EVERY_PUSH = {"cp_ring", "tp", "pp_of_ep", "ep_of_hosts"}
+EVERY_PUSH = {"tp", "pp_of_ep", "ep_of_hosts"}
 assert_same = partial(tiny.assert_same, rel=1e-9, abs=1e-9)
 
 

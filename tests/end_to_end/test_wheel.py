@@ -68,6 +68,7 @@ def test_the_wheel_holds_the_package_its_configs_and_schema_and_nothing_else(whe
     }
 
 
+@pytest.mark.nightly
 def test_an_installed_wheel_trains_a_shipped_config_and_writes_a_first_one_in_an_empty_folder(
     installed: Path, tmp_path: Path
 ) -> None:

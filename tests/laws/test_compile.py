@@ -50,7 +50,9 @@ def _curve(engine: NativeEngine) -> torch.Tensor:
     return torch.tensor(curve, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("document_mask", "num_layers"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize(
+    ("document_mask", "num_layers"), [(True, 1), pytest.param(False, 2, marks=pytest.mark.nightly)]
+)
 def test_a_compiled_model_learns_the_same(document_mask: bool, num_layers: int) -> None:
     fields = {"num_layers": num_layers}
     engines = (_engine(document_mask, is_compiled=is_compiled, fields=fields) for is_compiled in (False, True))
@@ -59,6 +61,7 @@ def test_a_compiled_model_learns_the_same(document_mask: bool, num_layers: int) 
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
 
 
+@pytest.mark.nightly
 def test_so_does_one_with_latent_attention() -> None:
     fields = {"num_layers": 1, **latent_attention()}
     engines = (_engine(True, is_compiled=is_compiled, fields=fields) for is_compiled in (False, True))
@@ -66,6 +69,7 @@ def test_so_does_one_with_latent_attention() -> None:
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
 
 
+@pytest.mark.nightly
 def test_so_does_one_with_biases_and_clamped_activations() -> None:
     fields = {"activation": "clamped_swiglu", "swiglu_limit": 0.3}
     moe = {"expert_bias": True, "first_dense_layers": 1}
@@ -80,6 +84,7 @@ def test_so_does_one_that_recomputes(recompute: Recompute) -> None:
     torch.testing.assert_close(_curve(compiled), _curve(eager), rtol=0, atol=1e-10)
 
 
+@pytest.mark.nightly
 def test_so_does_one_with_windows_sinks_and_capped_scores() -> None:
     """Which are not torch's fused kernel."""
     own = {"sinks": True, "softcap": 1.0, "scale": 0.4, "qkv_bias": True, "rotary_fraction": 0.5}

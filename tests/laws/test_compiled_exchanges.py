@@ -115,5 +115,6 @@ def test_blocks_traced_between_exchanges_learn_the_same(
     assert_learns_the_same(model, layout, "eager", folder, local_ranks)
 
 
+@pytest.mark.nightly
 def test_so_do_compiled_ones(folder: Path, local_ranks: LocalRanks) -> None:
     assert_learns_the_same("dense", {"world_size": 2, "cp_size": 2}, "inductor", folder, local_ranks)

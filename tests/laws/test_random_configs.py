@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("texts")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_random_config_learns_the_same_on_random_ranks(number: int, folder: Path, local_ranks: LocalRanks) -> None:
     trial = draw(number, folder)

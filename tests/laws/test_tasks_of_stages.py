@@ -43,6 +43,7 @@ def run_on_a_rank(folder: str, name: str, overrides: tuple[str, ...]) -> tuple[s
     return sample.prompt, sample.text
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("world_size", "overrides"),
     [
