@@ -9,6 +9,7 @@ import resource
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,11 +78,13 @@ def phases(folder: Path, *, is_sharded: bool) -> Iterator[tuple[str, Callable[[M
         saver.close()
         assert saved is not None and saved.error is None, saved
 
+    few_at_once = threading.Semaphore(_PER_NODE * 16)  # all read here, and a process may map some 65,000 files
+
     def resume(mesh: Mesh) -> None:
         found = find_newest(checkpoints, mesh.world, warn=print)
         assert found is not None and found.step == 2
         wanted = state_of(mesh, is_sharded=is_sharded)
-        with StoredTensors(found.path, found.manifest) as tensors:
+        with few_at_once, StoredTensors(found.path, found.manifest) as tensors:
             for name, part in tensors.like(wanted).slices.items():
                 assert torch.equal(part.tensor, wanted.slices[name].tensor), name
 
