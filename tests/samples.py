@@ -1,16 +1,17 @@
-"""Choice of the cases that run at every push, of tests marked `one_in(n)`; the other cases are nightly."""
+"""Choice of the cases that run at every push; the others of a test are nightly."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 
 import pytest
 
 
 def mark_nightly(items: list[pytest.Item]) -> None:
-    """Mark every case as nightly but each n-th one on a diagonal of its lists, on which each value has its turn.
+    """Mark the cases of tests marked `one_in(n)` as nightly, but every n-th one.
 
-    The places of the values of a case in their lists add up to a multiple of n: of two lists of three and n = 3, the
-    first with the first, the second with the third, the third with the second.
+    Of several lists that are multiplied these are on a diagonal: the places of the values of a case add up to a
+    multiple of n. Where another list has n values, each value of a list has its turn: of two lists of three and n = 3,
+    the first with the first, the second with the third, the third with the second.
     """
     sampled = [item for item in items if isinstance(item, pytest.Function) and item.get_closest_marker("one_in")]
     for _, group in groupby(sampled, key=lambda item: (item.path, item.originalname)):
@@ -20,6 +21,18 @@ def mark_nightly(items: list[pytest.Item]) -> None:
         for case, place in zip(cases, _places(cases), strict=True):
             if place % mark.args[0]:
                 case.add_marker(pytest.mark.nightly)
+
+
+def nightly_but(every_push: Collection[str], names: Iterable[str]) -> list[object]:
+    """Return the names as parameters; those that are not for every push are marked as nightly."""
+    return [name if name in every_push else pytest.param(name, marks=pytest.mark.nightly) for name in names]
+
+
+def chosen(request: pytest.FixtureRequest, argument: str) -> list[str]:
+    """Return the values of an argument in the cases of a file that are to run, for a fixture that they share."""
+    cases = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    given = [case.callspec.params for case in cases if hasattr(case, "callspec")]
+    return [str(values[argument]) for values in given if argument in values]
 
 
 def _places(cases: list[pytest.Function]) -> Iterator[int]:

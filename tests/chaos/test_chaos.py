@@ -12,6 +12,7 @@ from tests.chaos.kills import NEVER_THERE, POINTS
 from tests.chaos.removed_protections import KILLED, STOPPED
 from tests.chaos.run import scenarios
 from tests.launched_ranks import ROOT
+from tests.samples import chosen, nightly_but
 from trainer.fault_injection import parse_faults
 
 SCENARIOS = list(scenarios(release=False, seed=0))
@@ -24,8 +25,7 @@ def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     In a process of its own: ranks are forks, and must not inherit the state of earlier tests.
     """
-    chosen = [item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")]
-    command = ["-m", "tests.chaos.run", *(f"--only={name}" for name in SCENARIOS if name in chosen)]
+    command = ["-m", "tests.chaos.run", *(f"--only={name}" for name in chosen(request, "scenario"))]
     folder = tmp_path_factory.mktemp("said")
     process = imported_once.Process(command, cwd=ROOT, stdout=folder / "stdout", stderr=folder / "stderr")
     yield _lines(process, folder)
@@ -51,9 +51,7 @@ def _lines(process: imported_once.Process, folder: Path) -> Iterator[str]:
     yield line + (folder / "stderr").read_text()
 
 
-@pytest.mark.parametrize(
-    "scenario", [pytest.param(name, marks=[] if name in EVERY_PUSH else pytest.mark.nightly) for name in SCENARIOS]
-)
+@pytest.mark.parametrize("scenario", nightly_but(EVERY_PUSH, SCENARIOS))
 def test_nothing_is_lost_and_every_broken_protection_is_noticed(lines: Iterator[str], scenario: str) -> None:
     said = []
     for line in lines:

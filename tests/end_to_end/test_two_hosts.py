@@ -11,6 +11,7 @@ import pytest
 from tests.end_to_end import tiny
 from tests.end_to_end.tiny import environment, make_workplace, numbers, run
 from tests.launched_ranks import ROOT
+from tests.samples import chosen, nightly_but
 from tests.two_host_runs import LAYOUTS
 
 EVERY_PUSH = {"tp", "pp_of_ep", "ep_of_hosts"}
@@ -20,14 +21,13 @@ assert_same = partial(tiny.assert_same, rel=1e-9, abs=1e-9)
 @pytest.fixture(scope="module")
 def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with the run `alone` and one of each chosen layout, and what was said of these, `said`."""
-    cases = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    chosen = [str(case.callspec.params["name"]) for case in cases]
     folder = make_workplace(tmp_path_factory.mktemp("two_hosts"), dtype="float64")
     config = folder / "tiny.yaml"
     text = config.read_text().replace("steps: 8", "steps: 4").replace("every: 4", "every: 2")
     config.write_text(text.replace(", routing_gap_every: 2", ""))  # no stage has all routers
     run(folder, "train", "tiny.yaml", "name=alone")
-    command = [str(ROOT / "tests/two_hosts.sh"), sys.executable, "-m", "tests.two_host_runs", "tiny.yaml", *chosen]
+    command = [str(ROOT / "tests/two_hosts.sh"), sys.executable, "-m", "tests.two_host_runs", "tiny.yaml"]
+    command += chosen(request, "name")
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     if done.returncode == 77:
         pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
@@ -35,9 +35,7 @@ def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in EVERY_PUSH else pytest.mark.nightly) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("name", nightly_but(EVERY_PUSH, LAYOUTS))
 def test_a_dimension_across_two_hosts_learns_what_one_process_does(workplace: Path, name: str) -> None:
     said = (workplace / "said").read_text()
     ended = re.findall(rf"^{name}: (-?\d+), (\d+) bytes", said, re.MULTILINE)

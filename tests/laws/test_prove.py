@@ -18,6 +18,7 @@ from tests.mutations import (
     skipped_collective,
 )
 from tests.registries import DISPATCHERS
+from tests.samples import nightly_but
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.native import NativeEngine
 from trainer.errors import CommError
@@ -97,7 +98,7 @@ def test_the_matrix_has_every_degree_and_dispatcher(config: ExperimentConfig) ->
     assert labels(config) == []
 
 
-@pytest.mark.parametrize("part", [*PARTS[:2], *(pytest.param(part, marks=pytest.mark.nightly) for part in PARTS[2:])])
+@pytest.mark.parametrize("part", nightly_but(PARTS[:2], PARTS))
 def test_every_layout_is_equal(
     config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
 ) -> None:

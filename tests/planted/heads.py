@@ -97,7 +97,7 @@ FAULTS = [
     ),
     _fault(
         "a shared head of keys is made of its first part",
-        "parallel/tensor_parallel.py",
+        "parallel/heads_of_ranks.py",
         "HeadShare(head, head + 1, part, parts)",
         "HeadShare(head, head + 1, 0, parts)",
         ONE_KEY,

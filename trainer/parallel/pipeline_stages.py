@@ -92,7 +92,7 @@ def num_passes(num_micro_batches: int, at_once: int) -> int:
 
 
 def check_micro_batches(degrees: Degrees, num_micro_batches: int, *, at_once: int = 1) -> None:
-    """Check that the schedule can order so many micro-batches of a step, of which `at_once` pass together.
+    """Check that the schedule, if there are stages, can order so many micro-batches, of which `at_once` pass together.
 
     Raises:
         ConfigError: if they are too few, or of a wrong number.

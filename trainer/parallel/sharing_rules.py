@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from trainer.config.base import Problem
 from trainer.models.config import ModelConfig
 from trainer.parallel.config import ParallelConfig
+from trainer.parallel.heads_of_ranks import heads_of_ranks
 
 
 def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: str) -> Iterator[Problem]:
@@ -29,24 +30,21 @@ def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: st
         yield from _cut_problems(model, tp, engine=engine)
 
 
-def _key_heads(model: ModelConfig) -> int:
-    return model.num_heads if model.attention.latent is not None else model.num_kv_heads or model.num_heads
-
-
 def _fewest_heads(model: ModelConfig, tp: int) -> int:
-    """Return the heads of queries of the rank that has the fewest: a head of keys stays with its own."""
-    keys = _key_heads(model)
-    shared = model.num_heads // keys
-    return shared * (keys // tp) if tp <= keys else shared // -(-tp // keys)
+    """Return the heads of queries of the rank that has the fewest."""
+    keys = model.num_kv_heads or model.num_heads
+    ranges = [share.range_of(model.num_heads // keys) for share in heads_of_ranks(keys, tp)]
+    return min(end - begin for begin, end in ranges)
 
 
 def _cut_problems(model: ModelConfig, tp: int, *, engine: str) -> Iterator[Problem]:
-    heads, most = model.num_heads, _key_heads(model) * model.head_dim
+    heads, key_heads = model.num_heads, model.num_kv_heads or model.num_heads
+    most = key_heads * model.head_dim
     if heads < tp:
         given = f"each of {tp} ranks needs a head of queries, and model.num_heads is {heads}"
         yield Problem("parallel.tp_size", f"{given}; use at most {heads}")
     elif most < tp and model.attention.latent is None:
-        keys = f"the {_key_heads(model)} heads of keys and values of width {model.head_dim} (model.num_kv_heads)"
+        keys = f"the {key_heads} heads of keys and values of width {model.head_dim} (model.num_kv_heads)"
         yield Problem("parallel.tp_size", f"{tp} ranks cannot each have a part of {keys}; use at most {most}")
     has_dense = model.moe is None or len(model.moe_layers) < model.num_layers
     if has_dense and model.d_ff < tp:

@@ -28,13 +28,13 @@ from trainer.distributed.rank_layout import even_slices
 from trainer.models.block import Block
 from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
-from trainer.models.head_share import HeadShare
 from trainer.ops.attention import CausalAttention
 from trainer.ops.attention_mask import PreparedMask, RowMask
 from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cut import Cut
 from trainer.ops.scored_attention import ScoreRule
 from trainer.ops.zigzag import in_row_order, part_of
+from trainer.parallel.heads_of_ranks import heads_of_ranks
 
 _Move = Callable[[Tensor, Group], Tensor]
 
@@ -184,14 +184,6 @@ def cut_matrices(model: GPT, group: Group) -> None:
             units = even_slices(block.ffn.w_out.in_features, group.size)
             block.ffn.exchange = TensorParallel(group, [block.ffn.cut_of_units(*each) for each in units])
             block.ffn.keep_units(*units[group.index])
-
-
-def heads_of_ranks(num_heads: int, num_ranks: int) -> list[HeadShare]:
-    """Return the heads of keys and values of each rank; if they are fewer than ranks, neighbours share one."""
-    if num_heads >= num_ranks:
-        return [HeadShare(first, last) for first, last in even_slices(num_heads, num_ranks)]
-    sharing = [last - first for first, last in even_slices(num_ranks, num_heads)]
-    return [HeadShare(head, head + 1, part, parts) for head, parts in enumerate(sharing) for part in range(parts)]
 
 
 def cut_parameters(model: nn.Module) -> dict[str, CutParameter]:

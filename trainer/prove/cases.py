@@ -9,7 +9,7 @@ from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.models.config import Recompute, ShardKeeps
-from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, WireOptions
+from trainer.moe.dispatch.registry import WireOptions
 
 MAX_RANKS, MOST_RANKS = 4, 8
 """Ranks of a proof unless more are asked for; the most that can be."""
@@ -135,9 +135,8 @@ def in_dtype(config: ExperimentConfig, dtype: str) -> ExperimentConfig:
     """Return the config with a proof's dtype, device, kernel and dispatcher; its own may not have the dtype or CPUs."""
     values = config.model_dump()
     values["train"]["dtype"] = dtype
-    if config.parallel.dispatcher.needs_gpus:
-        values["parallel"]["dispatcher"] = AllToAllDispatcherConfig().model_dump()
-    values["parallel"] |= {"device": "cpu", "experts_kernel": _proved_kernel(config.parallel.experts_kernel)}
+    dispatcher, kernel = config.parallel.dispatcher.on_any_device(), _proved_kernel(config.parallel.experts_kernel)
+    values["parallel"] |= {"device": "cpu", "dispatcher": dispatcher.model_dump(), "experts_kernel": kernel}
     return ExperimentConfig.model_validate(values)
 
 

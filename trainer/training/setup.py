@@ -123,10 +123,9 @@ def check_ranks(config: ExperimentConfig, folder: RunFolder, mesh: Mesh, device:
     if different := differences_across_ranks(mesh.world, values):
         raise ConfigError("\n".join(f"{line}; all ranks need the same config and versions" for line in different))
     check_shared(folder, mesh.world)
-    if mesh.layout.pp_size > 1:
-        rows = -(-config.train.global_batch_size // mesh.layout.data_size)
-        number = -(-rows // config.parallel.micro_batch_size)
-        check_micro_batches(mesh.layout, number, at_once=config.parallel.at_once)
+    rows = -(-config.train.global_batch_size // mesh.layout.data_size)
+    number = -(-rows // config.parallel.micro_batch_size)
+    check_micro_batches(mesh.layout, number, at_once=config.parallel.at_once)
     if config.profile is not None:
         config.profile.check_ranks(mesh.layout.world_size)
     with raise_together(mesh.world):  # hosts may have different memory

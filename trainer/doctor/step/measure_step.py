@@ -103,12 +103,10 @@ def _text(
     domain = max(epochs, key=lambda name: epochs[name])
     of_each = []
     for batch in batches:
-        if mesh.pp.index > 0:  # the ranks of a pipeline have the same rows
-            of_each.append((0, 0, 0))
-            continue
         positions = int(batch.valid.any(1).sum()) * batch.valid.shape[1]  # rows that fill up a batch are no text
         of_each.append((positions, positions - batch.num_valid, int((batch.target_mask > 0).sum())))
-    num_tokens, padding, targets = mesh.host.all_reduce_(torch.tensor(of_each).sum(0)).tolist()
+    own = torch.tensor(of_each).sum(0) * (mesh.pp.index == 0)  # the stages of a pipeline have the same rows
+    num_tokens, padding, targets = mesh.host.all_reduce_(own).tolist()
     return TextEvidence(
         num_tokens=num_tokens,
         padding=padding,
