@@ -50,9 +50,8 @@ def _curve(engine: NativeEngine) -> torch.Tensor:
     return torch.tensor(curve, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("document_mask", "num_layers"), [(True, 1), pytest.param(False, 2, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("document_mask", "num_layers"), [(True, 1), (False, 2)])
 def test_a_compiled_model_learns_the_same(document_mask: bool, num_layers: int) -> None:
     fields = {"num_layers": num_layers}
     engines = (_engine(document_mask, is_compiled=is_compiled, fields=fields) for is_compiled in (False, True))

@@ -289,6 +289,7 @@ def test_a_router_without_probabilities_has_no_balance_loss() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_compiles() -> None:
     layer, x = MoELayer(D, E, 2, d_ff=FF).eval(), tokens()
     torch.testing.assert_close(torch.compile(layer)(x)[0], layer(x)[0])

@@ -14,7 +14,7 @@ SHAPE = [
 ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("pp_size", "overrides"),
     [
