@@ -1,7 +1,8 @@
 """Bucketed all-reduce of the gradients of replicated weights, overlapped with the backward pass."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class GradientReducer:
         self._pending: deque[tuple[list[Parameter], PendingOp]] = deque()
         self._local_sums: list[Tensor] = []
         for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            parameter.register_post_accumulate_grad_hook(_weak(self._on_gradient))
 
     def expect(self) -> None:
         """Announce the last backward pass of the step, during which buckets are launched."""
@@ -84,6 +85,21 @@ class GradientReducer:
         bucket, pending = self._pending.popleft()
         for parameter, part in zip(bucket, pending.wait().split([p.numel() for p in bucket]), strict=True):
             _gradient(parameter).copy_(part.view_as(parameter))
+
+
+def _weak(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Return a hook that does not keep the object of the method alive.
+
+    Python's garbage collector does not see hooks: with its reducer a parameter would keep the model and the group,
+    whose threads look for messages a hundred times a second, for as long as the process lives.
+    """
+    method = WeakMethod(hook)
+
+    def call(parameter: Tensor) -> None:
+        if (alive := method()) is not None:
+            alive(parameter)
+
+    return call
 
 
 def _gradient(parameter: Parameter) -> Tensor:

@@ -1,5 +1,8 @@
 """Gradients are all-reduced during the backward pass."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,6 +53,25 @@ def test_sums_begin_during_the_last_backward_pass_and_no_other(ranks: Ranks) -> 
     """At a layer's output, the gradients of the layers above it are being reduced."""
     _, begun = ranks.run(2, _sums, 2, None)[0]
     assert begun == [[0, 0, 0, 0], [0, 1, 2, 3]]
+
+
+def _is_left_behind() -> list[bool]:
+    """Whether a model and the group that reduced its gradients live on after their last use."""
+    mesh = mesh_here()
+    layers = nn.Sequential(nn.Linear(3, 3))
+    summed = GradientReducer(list(layers.parameters()), mesh.world)
+    summed.expect()
+    layers(torch.ones(2, 3)).sum().backward()
+    summed.finish()
+    left = [ref(layers[0].weight), ref(mesh.world)]
+    del mesh, layers, summed
+    gc.collect()
+    return [alive() is not None for alive in left]
+
+
+def test_a_model_that_nobody_uses_is_freed_with_its_group(ranks: Ranks) -> None:
+    """Threads of a group look for messages as long as it lives; `prove` trains a hundred models in a process."""
+    assert ranks.run(2, _is_left_behind) == [[False, False]] * 2
 
 
 def _shares(world_is_one: bool, victim: int) -> tuple[list[bool], list[bool]]:
