@@ -38,8 +38,9 @@ class GradientReducer:
         self._launched = 0
         self._pending: deque[tuple[list[Parameter], PendingOp]] = deque()
         self._local_sums: list[Tensor] = []
+        hook = _weak(self._on_gradient)
         for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(_weak(self._on_gradient))
+            parameter.register_post_accumulate_grad_hook(hook)
 
     def expect(self) -> None:
         """Announce the last backward pass of the step, during which buckets are launched."""
