@@ -10,3 +10,11 @@ def heads_of_ranks(num_heads: int, num_ranks: int) -> list[HeadShare]:
         return [HeadShare(first, last) for first, last in even_slices(num_heads, num_ranks)]
     sharing = [last - first for first, last in even_slices(num_ranks, num_heads)]
     return [HeadShare(head, head + 1, part, parts) for head, parts in enumerate(sharing) for part in range(parts)]
+
+
+def fewest_queries(num_heads: int, num_key_heads: int, num_ranks: int) -> int:
+    """Return the heads of queries of the rank that has the fewest, without a list of ranks; 0 if a rank has none."""
+    per_key = num_heads // num_key_heads
+    if num_key_heads >= num_ranks:
+        return num_key_heads // num_ranks * per_key
+    return per_key // -(-num_ranks // num_key_heads)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.config.base import Problem
 from trainer.models.config import ModelConfig
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.heads_of_ranks import heads_of_ranks
+from trainer.parallel.heads_of_ranks import fewest_queries
 
 
 def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: str) -> Iterator[Problem]:
@@ -21,20 +21,13 @@ def sharing_problems(model: ModelConfig, parallel: ParallelConfig, *, engine: st
         )
         longer = -(-S // chunks) * chunks
         yield Problem(f"parallel.{key}", f"{given} {chunks}; use another size, or model.seq_len: {longer}")
-    heads = _fewest_heads(model, tp)
+    heads = fewest_queries(model.num_heads, model.num_kv_heads or model.num_heads, tp)
     if cp > 1 and parallel.cp == "ulysses" and 0 < heads < cp:
         given = f"ulysses gives each of {cp} ranks a head, and model.num_heads is {model.num_heads}"
         of_tp = "" if tp == 1 else f", of which a tensor-parallel rank has {heads} (tp_size {tp})"
         yield Problem("parallel.cp_size", f"{given}{of_tp}; use at most {heads}")
     if tp > 1:
         yield from _cut_problems(model, tp, engine=engine)
-
-
-def _fewest_heads(model: ModelConfig, tp: int) -> int:
-    """Return the heads of queries of the rank that has the fewest."""
-    keys = model.num_kv_heads or model.num_heads
-    ranges = [share.range_of(model.num_heads // keys) for share in heads_of_ranks(keys, tp)]
-    return min(end - begin for begin, end in ranges)
 
 
 def _cut_problems(model: ModelConfig, tp: int, *, engine: str) -> Iterator[Problem]:
