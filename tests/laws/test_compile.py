@@ -77,6 +77,7 @@ def test_so_does_one_with_biases_and_clamped_activations() -> None:
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("recompute", ["norms_and_activations", "block"])
 def test_so_does_one_that_recomputes(recompute: Recompute) -> None:
     eager, compiled = (_engine(False, is_compiled=is_compiled, recompute=recompute) for is_compiled in (False, True))
